@@ -1,0 +1,144 @@
+"""Rows of a data file or of a data set on the hub, and which of them a limit keeps.
+
+JSONL is read by the standard library; Parquet and the hub need the extra `data`.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row. place: `file:line` or `data set:row`, both from 1, for messages."""
+
+    place: str
+    values: dict[str, Any]
+
+    def get(self, key: str) -> Any:  # noqa: ANN401  a row holds whatever its file holds
+        """The value under a key that the task needs."""
+        if self.values.get(key) is None:
+            raise ValueError(f"{self.place}: a row must have the key {key!r}")
+        return self.values[key]
+
+    def texts(self, key: str) -> list[str]:
+        """A string, as a list of one, or a list of strings."""
+        value = self.get(key)
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+            raise ValueError(f"{self.place}: {key!r} must be a string or a list of strings")
+        return texts
+
+    def reference(self, keys: list[str], *, mark: str | None) -> str | None:
+        """What a scorer compares with: nothing, one key's text, or several keys as JSON.
+
+        mark: the text after the last one of it is a number, kept without commas and dollars.
+        """
+        if not keys:
+            return None
+        if len(keys) > 1:
+            return json.dumps({key: self.get(key) for key in keys})
+        text = str(self.get(keys[0]))
+        if mark is None:
+            return text
+        _, found, answer = text.rpartition(mark)
+        if not found:
+            raise ValueError(f"{self.place}: {keys[0]!r} must contain {mark!r}")
+        return answer.strip().replace(",", "").replace("$", "")
+
+
+def read_file(path: Path) -> list[Row]:
+    """Read a local .jsonl, .jsonl.gz or .parquet file whole."""
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        return list(_jsonl(path))
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    raise ValueError(f"a task's path must end in .jsonl, .jsonl.gz or .parquet, got {path}")
+
+
+def read_hub(hub: str, *, config: str | None, split: str) -> list[Row]:
+    """Read one split of a data set through `datasets`: a hub id, or a folder with its files.
+
+    `datasets` looks in its cache first, so HF_HUB_OFFLINE=1 works for what was read before.
+    """
+    try:
+        import datasets  # optional, and slow to import
+    except ImportError as error:
+        raise ValueError(_needs_extra(f"the hub data set {hub}")) from error
+    try:
+        table = datasets.load_dataset(hub, config, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the hub data set {hub} (config {config}, split {split}) cannot be read: {reason}; "
+            "give a local file with task.path=<file>"
+        ) from error
+    return [
+        Row(place=f"{hub}/{split}:{i}", values=dict(values))
+        for i, values in enumerate(table, start=1)
+    ]
+
+
+def spread(categories: list[str], limit: int) -> list[int]:
+    """Which `limit` rows to keep, given the category of each; in the order of the rows.
+
+    Categories take turns, in the order in which they first appear, and each keeps rows at even
+    distances. So a limit of the number of categories or more covers all of them, and the choice
+    depends on the data and the limit only.
+    """
+    places: dict[str, list[int]] = {}
+    for i, category in enumerate(categories):
+        places.setdefault(category, []).append(i)
+    share = dict.fromkeys(places, 0)
+    left = min(limit, len(categories))
+    while left:
+        for category in [c for c in places if share[c] < len(places[c])][:left]:
+            share[category] += 1
+            left -= 1
+    return sorted(
+        places[category][i * len(places[category]) // n]
+        for category, n in share.items()
+        for i in range(n)
+    )
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path} must be a gzip file: {error}") from error
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{place}: a line must be a JSON object: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{place}: a line must be a JSON object, got {line[:40]!r}")
+        yield Row(place=place, values=values)
+
+
+def _parquet(path: Path) -> list[Row]:
+    try:
+        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]  # optional
+    except ImportError as error:
+        raise ValueError(_needs_extra(f"{path}")) from error
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except ArrowException as error:
+        raise ValueError(f"{path} must be a Parquet file: {error}") from error
+    return [Row(place=f"{path}:{i}", values=values) for i, values in enumerate(rows, start=1)]
+
+
+def _needs_extra(what: str) -> str:
+    return (
+        f"reading {what} needs the extra `data` (pip install 'specquant[data]'); "
+        "or give a local JSONL file with task.path=<file>"
+    )

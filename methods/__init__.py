@@ -1,0 +1,1 @@
+"""Tokens -> tokens: one decode loop, trees, caches, models, and a drafter per file."""

@@ -1,0 +1,211 @@
+"""The one decode loop. A method is a target, a drafter and a rule; plain decoding drafts nothing.
+
+Letters: P prompt tokens, n nodes of a tree, F features kept for the drafter.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from methods.transformer import Transformer
+from methods.tree import Tree
+from methods.verify import Rule, accept
+
+# Told each stage's name as it ends: prefill, draft_prefill, draft, verify, commit.
+Mark = Callable[[str], None]
+
+# Prompts are read in chunks, so that activations of a long one stay small.
+PREFILL_CHUNK = 1024
+
+
+def unmarked(stage: str) -> None:
+    """Drop a mark: the clock of an outer method already runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What is decided, as a drafter sees it.
+
+    tokens: all of them; the newest is the root of the next tree, unread by the target.
+    kept: how many leading tokens are as they were in the previous state of this method.
+    features: [read, F], of tokens[:read]; read is len(tokens) - 1, or less after a rewind.
+    accepted, drafted: drafts kept and proposed by the step that led here.
+    """
+
+    tokens: list[int]
+    kept: int
+    features: Tensor
+    seed: int
+    accepted: int = 0
+    drafted: int = 0
+
+
+class Drafter(ABC):
+    """What proposes. It may scribble in caches of its own; it never touches the target's."""
+
+    @property
+    @abstractmethod
+    def taps(self) -> tuple[int, ...]:
+        """Streams of the target it wants as features (`Transformer.forward`)."""
+
+    @property
+    @abstractmethod
+    def max_nodes(self) -> int:
+        """The largest tree it proposes, root included."""
+
+    @abstractmethod
+    def begin(self, state: State) -> None:
+        """Read the prompt; nothing of an earlier one may be reused."""
+
+    @abstractmethod
+    def propose(self, state: State) -> Tree:
+        """Give a tree whose root is state.tokens[-1]."""
+
+
+class Method:
+    """A target that reads what a drafter proposes, and a rule that decides what stands."""
+
+    def __init__(self, target: Transformer, drafter: Drafter, rule: Rule, *, context: int) -> None:
+        """Make caches for `context` decided tokens."""
+        self.target = target
+        self.drafter = drafter
+        self.rule = rule
+        self.context = context
+        # The last step may decide a whole path beyond the limit before it is cut.
+        self.kv = target.cache(context + 2 * drafter.max_nodes)
+        self.features = torch.zeros(
+            self.kv.capacity,
+            len(drafter.taps) * target.shape.hidden_size,
+            dtype=target.dtype,
+            device=target.device,
+        )
+        self.cached: list[int] = []
+
+    def prefill(self, tokens: list[int], *, seed: int = 0, mark: Mark = unmarked) -> State:
+        """Forget everything and read a prompt, all but its newest token, and the drafter's too."""
+        self._require_room(tokens)
+        self.kv.rewind(0)
+        self.cached = []
+        for start in range(0, len(tokens) - 1, PREFILL_CHUNK):
+            chunk = tokens[start : min(start + PREFILL_CHUNK, len(tokens) - 1)]
+            whole = torch.tensor([chunk], device=self.target.device)
+            positions = torch.arange(start, start + len(chunk), device=self.target.device)
+            read = self.target(whole, positions, self.kv, taps=self.drafter.taps)
+            self._commit(chunk, list(range(len(chunk))), read.features[0])
+        mark("prefill")
+        state = self._state(tokens, kept=0, seed=seed)
+        self.drafter.begin(state)
+        mark("draft_prefill")
+        return state
+
+    def resume(self, tokens: list[int], *, seed: int = 0) -> State:
+        """Go on from other tokens: keep the prefix that is cached, read nothing yet.
+
+        What was decided meanwhile and is not cached rides along with the next step's tree.
+        """
+        self._require_room(tokens)
+        kept = _shared(self.cached, tokens[:-1])
+        self.kv.rewind(kept)
+        self.cached = self.cached[:kept]
+        return self._state(tokens, kept=kept, seed=seed)
+
+    def step(self, state: State, mark: Mark = unmarked) -> State:
+        """Draft, verify, commit: emit at least one token."""
+        tree = self.drafter.propose(state)
+        mark("draft")
+        start = self.kv.length
+        unread = state.tokens[start:-1]
+        whole = tree.after(unread)
+        read = self.target(
+            whole.tokens[None],
+            start + whole.depths,
+            self.kv,
+            whole.mask,
+            taps=self.drafter.taps,
+        )
+        logits = self.target.logits(read.hidden[0, len(unread) :])
+        picked = self.rule.pick(logits, len(state.tokens) + tree.depths, seed=state.seed)
+        accepted = accept(tree, picked)
+        mark("verify")
+        nodes = list(range(len(unread))) + [len(unread) + node for node in accepted.nodes]
+        decided = [*state.tokens[start:], *accepted.tokens[:-1]]
+        self._commit(decided, nodes, read.features[0])
+        mark("commit")
+        return State(
+            tokens=state.tokens + accepted.tokens,
+            kept=len(state.tokens),
+            features=self.features[: self.kv.length],
+            seed=state.seed,
+            accepted=len(accepted.nodes) - 1,
+            drafted=len(tree) - 1,
+        )
+
+    def _state(self, tokens: list[int], *, kept: int, seed: int) -> State:
+        return State(tokens=tokens, kept=kept, features=self.features[: self.kv.length], seed=seed)
+
+    def _commit(self, tokens: list[int], nodes: list[int], features: Tensor) -> None:
+        start = self.kv.length
+        self.kv.commit(nodes)
+        if self.features.shape[1]:
+            self.features[start : self.kv.length] = features[nodes]
+        self.cached += tokens
+
+    def _require_room(self, tokens: list[int]) -> None:
+        if not 1 <= len(tokens) <= self.context:
+            raise ValueError(f"a state must have 1 to {self.context} tokens, got {len(tokens)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What one generation gave. token_ids: new tokens, after the cut at stop or limit.
+
+    accepted, drafted: drafts kept and proposed in each step, before the cut.
+    """
+
+    token_ids: list[int]
+    stopped: bool
+    accepted: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+
+
+def generate(
+    method: Method,
+    prompt: list[int],
+    *,
+    limit: int,
+    stop: Callable[[list[int]], int | None],
+    seed: int = 0,
+    mark: Mark = unmarked,
+) -> Output:
+    """Decode until `limit` new tokens stand or `stop` cuts.
+
+    stop: given all new tokens, how many to keep once they hold a stop, else None.
+    """
+    state = method.prefill(prompt, seed=seed, mark=mark)
+    accepted: list[int] = []
+    drafted: list[int] = []
+    while True:
+        state = method.step(state, mark)
+        accepted.append(state.accepted)
+        drafted.append(state.drafted)
+        new = state.tokens[len(prompt) :]
+        keep = stop(new[:limit])
+        if keep is not None or len(new) >= limit:
+            return Output(
+                token_ids=new[: limit if keep is None else keep],
+                stopped=keep is not None,
+                accepted=accepted,
+                drafted=drafted,
+            )
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    """Length of the common prefix."""
+    if a == b[: len(a)]:
+        return len(a)
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

@@ -1,0 +1,271 @@
+"""Grow a draft tree by best paths and keep its best nodes, as EAGLE-2 does for any EAGLE head.
+
+EAGLE-2 (Li et al. 2024, arXiv 2406.16858, section 4): every level expands the `top_k` nodes of
+highest cumulative probability, each by its `top_k` likeliest tokens; of all nodes seen, the best
+`nodes - 1` are kept beside the root. A child never scores above its parent, so what is kept hangs
+together.
+
+An EAGLE head reads pairs: the target's feature of token p with the embedding of token p + 1, at
+position p. Its output stands for the feature of token p + 1, and so drafts token p + 2.
+
+Letters: m pairs, K top_k, D hidden, F width of the target's features, V draft vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.attention import visible
+from methods.checkpoint import check_transformer
+from methods.decode import PREFILL_CHUNK, Drafter, State
+from methods.kv import KVCache
+from methods.recipe import Family, Parts, Recipe
+from methods.transformer import Shape, Transformer
+from methods.tree import Tree
+
+MAX_DEPTH = 64
+MAX_NODES = 1024
+
+
+class Head(nn.Module, ABC):
+    """An autoregressive head over a target's features."""
+
+    embedding: Tensor
+
+    def __init__(self, shape: Shape, *, taps: tuple[int, ...], target: Transformer) -> None:
+        super().__init__()
+        self.shape = shape
+        self.taps = taps
+        self.register_buffer("embedding", target.embedding)
+
+    @abstractmethod
+    def enter(self, features: Tensor) -> Tensor:
+        """Turn the target's features into the head's hidden stream. [m, F] -> [m, D]."""
+
+    @abstractmethod
+    def layer(
+        self,
+        embedded: Tensor,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        kv: KVCache,
+        seen: Tensor | None,
+    ) -> Tensor:
+        """Run the head's one layer. embedded, hidden: [1, m, D] -> [1, m, D]."""
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Score the next token. [m, D] -> [m, V]."""
+
+    @abstractmethod
+    def to_target(self, ids: Tensor) -> Tensor:
+        """Translate draft vocabulary to the target's."""
+
+    def forward(
+        self, tokens: Tensor, hidden: Tensor, positions: Tensor, kv: KVCache, mask: Tensor | None
+    ) -> Tensor:
+        """Read pairs into scratch. tokens, positions: [m]; hidden: [m, D] -> [m, D].
+
+        mask: [m, scratch + m] bool over the scratch slots, None to read in order.
+        """
+        m = len(tokens)
+        kv.reserve(m)
+        seen = visible(mask, n=m, length=kv.length, scratch=kv.scratch, device=tokens.device)
+        rotation = self.shape.rope.angles(positions, self.shape.head_dim, hidden.dtype)
+        embedded = F.embedding(tokens, self.embedding)
+        output = self.layer(embedded[None], hidden[None], rotation, kv, seen)[0]
+        kv.extend(m)
+        return output
+
+    def cache(self, capacity: int) -> KVCache:
+        """Make an empty cache for the head's one layer."""
+        return KVCache(
+            num_layers=1,
+            num_kv_heads=self.shape.num_kv_heads,
+            head_dim=self.shape.head_dim,
+            capacity=capacity,
+            dtype=self.embedding.dtype,
+            device=self.embedding.device,
+        )
+
+
+@dataclass
+class _Level:
+    """The nodes that are expanded next, and how the pool knows them.
+
+    tokens, scores, pool: [K]; hidden: [K, D], of their parents; mask: [K, scratch + K].
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    pool: Tensor
+    hidden: Tensor
+    mask: Tensor
+
+
+class TreeDrafter(Drafter):
+    """Drafts trees with an EAGLE head that keeps up with what was decided."""
+
+    def __init__(self, head: Head, *, depth: int, top_k: int, nodes: int, parts: Parts) -> None:
+        self.head = head
+        self.depth = depth
+        self.top_k = top_k
+        self.nodes = nodes
+        self.device = parts.target.device
+        self.kv = head.cache(parts.context + 2 * nodes + depth * top_k)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """What the head was trained on."""
+        return self.head.taps
+
+    @property
+    def max_nodes(self) -> int:
+        """The root included."""
+        return self.nodes
+
+    def begin(self, state: State) -> None:
+        """Read the prompt's pairs but the newest, which every proposal reads itself."""
+        self.kv.rewind(0)
+        self._read_pairs(state, end=len(state.tokens) - 2)
+
+    @torch.inference_mode()
+    def propose(self, state: State) -> Tree:
+        """Read what was decided since, then draft behind it.
+
+        Where the target has not read a decided token yet, its feature lacks and only the root is
+        proposed: that step reads it.
+        """
+        self.kv.rewind(min(self.kv.length, max(state.kept - 1, 0)))
+        last = len(state.tokens) - 1
+        if last == 0 or len(state.features) < last:
+            return Tree.chain(state.tokens[-1:], self.device)
+        return self._grow(self._read_pairs(state, end=last), state.tokens[-1], position=last)
+
+    def _read_pairs(self, state: State, *, end: int) -> Tensor:
+        """Commit the pairs from the cache's length to `end`; give the last output, [D]."""
+        output = torch.empty(0)
+        for start in range(self.kv.length, end, PREFILL_CHUNK):
+            stop = min(start + PREFILL_CHUNK, end)
+            output = self.head(
+                torch.tensor(state.tokens[start + 1 : stop + 1], device=self.device),
+                self.head.enter(state.features[start:stop]),
+                torch.arange(start, stop, device=self.device),
+                self.kv,
+                None,
+            )[-1]
+            self.kv.commit(range(stop - start))
+        return output
+
+    def _grow(self, output: Tensor, root: int, *, position: int) -> Tree:
+        """Draft behind the pair whose output is given; the next pair stands at `position`."""
+        k = self.top_k
+        eye = torch.eye(k, dtype=torch.bool, device=self.device)
+        scores, tokens = self._best(output[None])
+        pool_scores, pool_tokens = [scores[0]], [tokens[0]]
+        pool_parents = [torch.full_like(tokens[0], -1)]
+        level = _Level(
+            tokens=tokens[0],
+            scores=scores[0],
+            pool=torch.arange(k, device=self.device),
+            hidden=output.expand(k, -1),
+            mask=eye,
+        )
+        for step in range(self.depth - 1):
+            positions = torch.full_like(level.tokens, position + step)
+            hidden = self.head(level.tokens, level.hidden, positions, self.kv, level.mask)
+            scores, tokens = self._best(hidden)
+            paths = (level.scores[:, None] + scores).flatten()
+            pool_scores.append(paths)
+            pool_tokens.append(tokens.flatten())
+            pool_parents.append(level.pool.repeat_interleave(k))
+            kept_scores, kept = paths.topk(k)
+            parent = kept // k
+            level = _Level(
+                tokens=tokens.flatten()[kept],
+                scores=kept_scores,
+                pool=k + step * k * k + kept,
+                hidden=hidden[parent],
+                mask=torch.cat([level.mask[parent], eye], dim=1),
+            )
+        return prune(
+            root,
+            tokens=torch.cat(pool_tokens),
+            parents=torch.cat(pool_parents),
+            scores=torch.cat(pool_scores),
+            keep=self.nodes - 1,
+        )
+
+    def _best(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest next tokens: log-probabilities and target ids, each [m, K]."""
+        # In float32 whatever the head's dtype: rounded scores would decide near-ties.
+        logits = self.head.logits(hidden).float()
+        logprobs = logits.log_softmax(dim=-1).clamp(max=0)
+        scores, ids = logprobs.topk(self.top_k)
+        return scores, self.head.to_target(ids)
+
+
+def prune(root: int, *, tokens: Tensor, parents: Tensor, scores: Tensor, keep: int) -> Tree:
+    """Keep the best `keep` candidates below the root.
+
+    tokens, parents, scores: [c]; parents[i] is an earlier candidate, or -1 for the root, and
+    never scores below its child. Of equals the earlier stays, so that no child loses its parent.
+    """
+    order = scores.sort(descending=True, stable=True).indices[:keep]
+    kept = order.sort().values
+    place = torch.zeros(len(tokens) + 1, dtype=torch.int64, device=tokens.device)
+    place[kept] = torch.arange(1, len(kept) + 1, device=tokens.device)
+    # Candidate -1, the root, indexes the last entry of `place`, which stays 0.
+    return Tree(
+        tokens=torch.cat([tokens.new_tensor([root]), tokens[kept]]),
+        parents=torch.cat([parents.new_tensor([-1]), place[parents[kept]]]),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeRecipe(Recipe, ABC):
+    """depth: levels of the tree; top_k: nodes expanded a level, and children of each.
+
+    nodes: size of the tree that the target reads, root included.
+    """
+
+    depth: int
+    top_k: int
+    nodes: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.depth <= MAX_DEPTH:
+            raise ValueError(f"depth must be 1 to {MAX_DEPTH}, got {self.depth}")
+        if self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        most = min(MAX_NODES, 1 + self.top_k + (self.depth - 1) * self.top_k**2)
+        if not 2 <= self.nodes <= most:
+            raise ValueError(
+                f"nodes must be 2 to {most} at depth={self.depth} and top_k={self.top_k}, "
+                f"got {self.nodes}"
+            )
+
+    @abstractmethod
+    def head_vocab(self, family: Family, target: Shape) -> int:
+        """Check the head's folder against its target; give the size of its vocabulary."""
+
+    @abstractmethod
+    def head(self, parts: Parts) -> Head:
+        """Read the head."""
+
+    def check(self, family: Family) -> None:
+        """The head must fit the target, and top_k its vocabulary."""
+        vocab = self.head_vocab(family, check_transformer(family.target))
+        if self.top_k > vocab:
+            raise ValueError(
+                f"top_k must be within the head's vocabulary of {vocab}, got {self.top_k}"
+            )
+
+    def drafter(self, parts: Parts) -> Drafter:
+        """Read the head and make its drafter."""
+        return TreeDrafter(
+            self.head(parts), depth=self.depth, top_k=self.top_k, nodes=self.nodes, parts=parts
+        )

@@ -1,0 +1,92 @@
+"""A smaller model, decoding by a method of its own, drafts a sequence for the target.
+
+HierSpec (arXiv 2505.22179, section 4): the inner method drafts EAGLE trees for the smaller model,
+whose accepted tokens and bonus are collected until at least `min_draft` stand; the target reads
+them as a sequence. With plain decoding inside, this is the draft-model speculation of Leviathan et
+al. (2023, arXiv 2211.17192), "SP" in the paper: one token per inner step, exactly `min_draft` long.
+
+After a rejection the inner method resumes at the corrected token with all features of what
+stands; after full acceptance, the last draft and the bonus are unread and ride along with its
+next step. Both cases thus have the right embeddings and positions by construction.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from methods.checkpoint import check_transformer
+from methods.decode import Drafter, Method, State
+from methods.recipe import Family, Parts, Recipe
+from methods.tree import Tree
+
+MAX_DRAFT = 256
+
+
+class HierarchicalDrafter(Drafter):
+    """Drafts with a whole method over a smaller model."""
+
+    def __init__(self, method: Method, *, min_draft: int) -> None:
+        self.method = method
+        self.min_draft = min_draft
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Needs no features of the target."""
+        return ()
+
+    @property
+    def max_nodes(self) -> int:
+        """The root, and at most one inner step more than needed."""
+        return self.min_draft + self.method.drafter.max_nodes
+
+    def begin(self, state: State) -> None:
+        """Let the smaller model and its drafter read the prompt."""
+        self.method.prefill(state.tokens, seed=state.seed)
+
+    def propose(self, state: State) -> Tree:
+        """Collect inner steps into a chain."""
+        root = len(state.tokens) - 1
+        inner = self.method.resume(state.tokens, seed=state.seed)
+        while len(inner.tokens) <= root + self.min_draft:
+            inner = self.method.step(inner)
+        return Tree.chain(inner.tokens[root:], state.features.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hierarchical(Recipe):
+    """min_draft: tokens that must stand in the smaller model before the target reads them.
+
+    inner: the method that the smaller model decodes by.
+    """
+
+    min_draft: int
+    inner: Recipe
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_draft <= MAX_DRAFT:
+            raise ValueError(f"min_draft must be 1 to {MAX_DRAFT}, got {self.min_draft}")
+
+    def folders(self, family: Family) -> list[Path]:
+        """The smaller model, and what its own method reads."""
+        small = family.smaller()
+        return [small.target, *self.inner.folders(small)]
+
+    def check(self, family: Family) -> None:
+        """The smaller model must speak the target's vocabulary and reach its positions."""
+        small = family.smaller()
+        own, drafts = check_transformer(family.target), check_transformer(small.target)
+        if drafts.vocab_size != own.vocab_size:
+            raise ValueError(
+                f"{small.target}: vocab_size must be the target's {own.vocab_size}, "
+                f"got {drafts.vocab_size}"
+            )
+        if drafts.max_positions < own.max_positions:
+            raise ValueError(
+                f"{small.target}: max_position_embeddings must reach the target's "
+                f"{own.max_positions}, got {drafts.max_positions}"
+            )
+        self.inner.check(small)
+
+    def drafter(self, parts: Parts) -> Drafter:
+        """Load the smaller model and make its method, with room to run ahead."""
+        smaller = parts.smaller(ahead=2 * MAX_DRAFT)
+        return HierarchicalDrafter(self.inner.method(smaller), min_draft=self.min_draft)

@@ -1,0 +1,236 @@
+"""The Llama decoder over a scratch cache: target, small draft model, and the blocks of EAGLE heads.
+
+Letters: B batch, n tokens read at once, D hidden, H query heads, G key-value heads, d head
+dimension, V vocabulary, F features kept for a drafter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from methods.attention import attend, visible
+from methods.kv import KVCache
+from methods.rope import Rope, rotate
+from quant.scheme import QuantLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a decoder, in the words of its checkpoint's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    max_positions: int
+    rope: Rope
+    tied: bool = False  # lm_head is the embedding
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads="
+                f"{self.num_kv_heads}, got {self.num_heads}"
+            )
+
+    @property
+    def qkv_size(self) -> int:
+        """Rows of the fused query, key and value projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+
+@dataclass(frozen=True)
+class Read:
+    """What one forward leaves. hidden: [B, n, D], input of lm_head. features: [B, n, F]."""
+
+    hidden: Tensor
+    features: Tensor
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a weight."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., D] -> [..., D]."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Self-attention with fused query, key and value projections."""
+
+    def __init__(self, shape: Shape, *, qkv: QuantLinear, out: QuantLinear) -> None:
+        super().__init__()
+        self.heads, self.groups, self.dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        self.qkv = qkv
+        self.out = out
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        kv: KVCache,
+        layer: int,
+        seen: Tensor | None,
+    ) -> Tensor:
+        """x: [B, n, K] -> [B, n, D]; writes this layer's scratch."""
+        batch, n, _ = x.shape
+        fused = self.qkv(x).view(batch, n, -1, self.dim).transpose(1, 2)
+        turned = rotate(fused[:, : self.heads + self.groups], rotation)
+        keys, values = kv.write(layer, turned[:, self.heads :], fused[:, -self.groups :])
+        out: Tensor = self.out(attend(turned[:, : self.heads], keys, values, seen))
+        return out
+
+
+class MLP(nn.Module):
+    """SiLU-gated feed-forward layer with fused gate and up projections."""
+
+    def __init__(self, *, gate_up: QuantLinear, down: QuantLinear) -> None:
+        super().__init__()
+        self.gate_up = gate_up
+        self.down = down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, n, D] -> [B, n, D]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(F.silu(gate) * up)
+        return out
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(
+        self, *, input_norm: nn.Module, attention: Attention, mlp_norm: nn.Module, mlp: MLP
+    ) -> None:
+        super().__init__()
+        self.input_norm = input_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        kv: KVCache,
+        layer: int,
+        seen: Tensor | None,
+    ) -> Tensor:
+        """x: [B, n, D] -> [B, n, D]."""
+        x = x + self.attention(self.input_norm(x), rotation, kv, layer, seen)
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
+
+
+class Transformer(nn.Module):
+    """A decoder that reads tokens into a cache's scratch and never advances by itself."""
+
+    embedding: Tensor
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        embedding: Tensor,
+        blocks: Sequence[Block],
+        norm: RMSNorm,
+        lm_head: QuantLinear,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.register_buffer("embedding", embedding)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.lm_head = lm_head
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations."""
+        return self.embedding.dtype
+
+    def cache(self, capacity: int, *, batch: int = 1) -> KVCache:
+        """Make an empty cache of `capacity` slots for this model."""
+        return KVCache(
+            num_layers=self.shape.num_layers,
+            num_kv_heads=self.shape.num_kv_heads,
+            head_dim=self.shape.head_dim,
+            capacity=capacity,
+            dtype=self.dtype,
+            device=self.device,
+            batch=batch,
+        )
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        kv: KVCache,
+        mask: Tensor | None = None,
+        *,
+        taps: tuple[int, ...] = (),
+    ) -> Read:
+        """Read tokens into scratch.
+
+        tokens: [B, n] int64. positions: [n] int64, the same for every row. mask: [n, scratch + n]
+        bool over the scratch slots, None to read in order. taps: which streams to keep as
+        features, side by side: i is the residual input of layer i, num_layers the output of the
+        final norm; F = len(taps) * D.
+        """
+        n = tokens.shape[1]
+        kv.reserve(n)
+        seen = visible(mask, n=n, length=kv.length, scratch=kv.scratch, device=tokens.device)
+        rotation = self.shape.rope.angles(positions, self.shape.head_dim, self.dtype)
+        streams: dict[int, Tensor] = {}
+        x = F.embedding(tokens, self.embedding)
+        for layer, block in enumerate(self.blocks):
+            if layer in taps:
+                streams[layer] = x
+            x = block(x, rotation, kv, layer, seen)
+        kv.extend(n)
+        hidden = self.norm(x)
+        streams[len(self.blocks)] = hidden
+        kept = [streams[tap] for tap in taps]
+        return Read(hidden, torch.cat(kept, dim=-1) if kept else hidden[..., :0])
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [..., D] -> [..., V]."""
+        out: Tensor = self.lm_head(hidden)
+        return out
+
+    @property
+    def linears(self) -> dict[str, QuantLinear]:
+        """Every quantisable layer by its name."""
+        return {n: m for n, m in self.named_modules() if isinstance(m, QuantLinear)}
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes read by one forward: all layers, norms and lm_head; of the embedding, nothing."""
+        norms = sum(m.weight.nbytes for m in self.modules() if isinstance(m, RMSNorm))
+        return norms + sum(m.weight_bytes for m in self.linears.values())
+
+    def flops(self, n: int, context: int) -> int:
+        """Multiplications and additions of reading n tokens after `context`, lm_head included."""
+        linear = sum(m.in_features * m.out_features for m in self.linears.values())
+        heads = self.shape.num_layers * self.shape.num_heads * self.shape.head_dim
+        return 2 * n * linear + 4 * n * heads * (context + n)

@@ -1,0 +1,45 @@
+"""Plain decoding: the tree is its root."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from methods.decode import Drafter, State
+from methods.recipe import Family, Parts, Recipe
+from methods.tree import Tree
+
+
+class VanillaDrafter(Drafter):
+    """Proposes nothing, so every step emits the target's own token."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Needs no features."""
+        return ()
+
+    @property
+    def max_nodes(self) -> int:
+        """The root alone."""
+        return 1
+
+    def begin(self, state: State) -> None:
+        """Read nothing."""
+
+    def propose(self, state: State) -> Tree:
+        """Give the root."""
+        return Tree.chain(state.tokens[-1:], state.features.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vanilla(Recipe):
+    """No settings."""
+
+    def folders(self, family: Family) -> list[Path]:
+        """The target alone."""
+        return []
+
+    def check(self, family: Family) -> None:
+        """Fits every family."""
+
+    def drafter(self, parts: Parts) -> Drafter:
+        """Make a drafter that drafts nothing."""
+        return VanillaDrafter()

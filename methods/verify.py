@@ -1,0 +1,104 @@
+"""Which drafts stand: one walk down the tree, under a rule that picks the target's own token.
+
+Both rules emit, at every position, a token that depends on the target's logits there and on
+nothing a drafter did. So speculation cannot change the output, only how many tokens one read of
+the target yields.
+
+Greedy: the first choice of the target.
+
+Sampled: Gumbel-max sampling, argmax_i (logit_i / T + g_i), with noise g keyed by (seed, position)
+alone. The token is distributed exactly as softmax(logits / T), for every tree, chain and
+hierarchy, because the noise at a position is drawn independently of the tree offered there:
+descending to the child that equals the sampled token is the "naive sampling" verification of
+SpecInfer (Miao et al. 2024, arXiv 2305.09781, section 4.3), whose acceptance at a node is the
+target's probability of its children, as in EAGLE's rule for distinct children. Keying the noise by
+position makes the drawn text the same for every drafter (drafter-invariant speculation: Daliri,
+Musco and Suresh 2024, arXiv 2408.07978), and a drafter that samples with the same noise is
+accepted more often than an independent one.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from methods.tree import Tree
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """nodes: [1 + accepted], a path from the root. tokens: the accepted drafts, then the bonus."""
+
+    nodes: list[int]
+    tokens: list[int]
+
+
+class Rule(ABC):
+    """Picks the token that a model itself would emit next."""
+
+    @abstractmethod
+    def pick(self, logits: Tensor, positions: Tensor, *, seed: int) -> Tensor:
+        """logits: [n, V]; positions: [n], where the picked token will stand -> [n] int64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy(Rule):
+    """The most likely token; the first of equals."""
+
+    def pick(self, logits: Tensor, positions: Tensor, *, seed: int) -> Tensor:
+        """Ignore position and seed."""
+        return logits.argmax(dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled(Rule):
+    """A draw from softmax(logits / temperature), with noise keyed by seed and position."""
+
+    temperature: float
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+
+    def pick(self, logits: Tensor, positions: Tensor, *, seed: int) -> Tensor:
+        """Nodes of the same position share their noise; at most one of them is emitted."""
+        unique, row = torch.unique(positions, return_inverse=True)
+        noise = torch.stack(
+            [
+                _exponential(logits.shape[-1], seed, p, logits.device) for p in unique.tolist()
+            ]  # sync
+        )
+        # log-probability minus log of an exponential draw: Gumbel-max in the form that never
+        # takes the logarithm of a rounded-off uniform.
+        scores = (logits.double() / self.temperature).log_softmax(dim=-1) - noise.log()[row]
+        return scores.argmax(dim=-1)
+
+
+def accept(tree: Tree, picked: Tensor) -> Accepted:
+    """Keep the longest path on which every token is the one picked at its parent.
+
+    picked: [n] int64, the target's own token after each node. The tokens of the path are thereby
+    the picked ones, and the bonus is what was picked at its end.
+    """
+    right = tree.tokens == picked[tree.parents]  # the root's own entry is set below
+    right[0] = True
+    alive = (right | ~tree.mask).all(dim=1)
+    last = (alive * (tree.depths + 1)).argmax()
+    path, chosen = torch.stack([tree.mask[last].long(), picked]).tolist()  # sync: the only one
+    nodes = [i for i, on_path in enumerate(path) if on_path]
+    return Accepted(nodes=nodes, tokens=[chosen[i] for i in nodes])
+
+
+def _exponential(size: int, seed: int, position: int, device: torch.device) -> Tensor:
+    generator = torch.Generator(device=device)
+    generator.manual_seed(_mix(seed, position))
+    draw = torch.empty(size, dtype=torch.float64, device=device)
+    return draw.exponential_(generator=generator)
+
+
+def _mix(seed: int, position: int) -> int:
+    """SplitMix64's finaliser: neighbouring seeds and positions give unrelated streams."""
+    x = (seed * 0x9E3779B97F4A7C15 + position + 1) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & (2**64 - 1)
+    return (x ^ (x >> 31)) & (2**63 - 1)

@@ -1,0 +1,1 @@
+"""A weight -> bytes -> a product: number formats for linear layers, one scheme per file."""

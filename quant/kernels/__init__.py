@@ -1,0 +1,1 @@
+"""Accelerator kernels, one file each; the reference of each stands in its scheme's file."""

@@ -1,0 +1,112 @@
+"""A family of tiny checkpoints with random weights, in the published names and shapes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from methods import eagle2, eagle3
+from methods.checkpoint import read_shape, transformer_shapes
+from methods.recipe import Family
+
+VOCAB = 96
+
+
+def llama_config(**changes: object) -> dict[str, Any]:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 256,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    return config | changes
+
+
+def random_tensors(
+    shapes: Mapping[str, tuple[int, ...]], seed: int, *, scale: float = 1.5
+) -> dict[str, Tensor]:
+    """Norm weights near 1; matrices of unit gain times `scale`, so that logits are decided."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        made[name] = 1 + 0.1 * noise if len(shape) == 1 else scale * noise / shape[-1] ** 0.5
+    return made
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def write_llama(folder: Path, config: dict[str, Any], seed: int) -> Path:
+    return write_checkpoint(
+        folder, config, random_tensors(transformer_shapes(read_shape(config)), seed)
+    )
+
+
+def write_eagle2(folder: Path, target: dict[str, Any], seed: int) -> Path:
+    config = target | {"num_hidden_layers": 1, "bias": False}
+    return write_checkpoint(
+        folder, config, random_tensors(eagle2.head_shapes(read_shape(config)), seed)
+    )
+
+
+def write_eagle3(
+    folder: Path, target: dict[str, Any], seed: int, *, draft_vocab: int | None = None
+) -> Path:
+    vocab = target["vocab_size"]
+    draft_vocab = draft_vocab or vocab // 2
+    layers = target["num_hidden_layers"]
+    config = target | {
+        "num_hidden_layers": 1,
+        "draft_vocab_size": draft_vocab,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, layers // 2, layers - 1]},
+    }
+    tensors = random_tensors(eagle3.head_shapes(read_shape(config), draft_vocab), seed)
+    kept = torch.randperm(vocab, generator=torch.Generator().manual_seed(seed))[:draft_vocab]
+    kept = kept.sort().values
+    tensors["d2t"] = kept - torch.arange(draft_vocab)
+    tensors["t2d"] = torch.zeros(vocab, dtype=torch.bool).index_fill(0, kept, True)
+    return write_checkpoint(folder, config, tensors)
+
+
+def write_family(root: Path, **changes: object) -> Family:
+    """Write a target with both heads, and a smaller model with both heads."""
+    large = llama_config(**changes)
+    little = large | {"num_hidden_layers": 4, "tie_word_embeddings": True}
+    small = Family(
+        target=write_llama(root / "small", little, 2),
+        heads={
+            "eagle2": write_eagle2(root / "small-eagle2", little, 3),
+            "eagle3": write_eagle3(root / "small-eagle3", little, 4),
+        },
+    )
+    return Family(
+        target=write_llama(root / "target", large, 1),
+        heads={
+            "eagle2": write_eagle2(root / "target-eagle2", large, 5),
+            "eagle3": write_eagle3(root / "target-eagle3", large, 6),
+        },
+        small=small,
+    )

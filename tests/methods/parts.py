@@ -1,0 +1,54 @@
+"""Joins tiny checkpoints to schemes, as a cell does, without configs."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from methods.calibrate import load_calibrated
+from methods.recipe import Family, Parts
+from methods.transformer import Transformer
+from methods.verify import Greedy, Rule
+from quant.dense import Dense
+from quant.scheme import Scheme
+
+TEXTS = [[3 + i % 90 for i in range(40)], [90 - i for i in range(40)]]
+
+
+def load(folder: Path, scheme: Scheme, dtype: torch.dtype = torch.float64) -> Transformer:
+    return load_calibrated(
+        folder,
+        scheme=scheme,
+        dense=Dense(),
+        lm_head=Dense(),
+        dtype=dtype,
+        device=torch.device("cpu"),
+        texts=TEXTS,
+    )
+
+
+def make_parts(
+    family: Family,
+    *,
+    scheme: Scheme | None = None,
+    draft_scheme: Scheme | None = None,
+    rule: Rule | None = None,
+    context: int = 200,
+    target: Transformer | None = None,
+) -> Parts:
+    draft = draft_scheme or Dense()
+
+    @cache
+    def smaller(folder: Path) -> Transformer:
+        return load(folder, draft)
+
+    return Parts(
+        target=target or load(family.target, scheme or Dense()),
+        family=family,
+        rule=rule or Greedy(),
+        context=context,
+        scheme=draft,
+        lm_head=None,
+        dense=Dense(),
+        load=smaller,
+    )
