@@ -20,8 +20,9 @@ from typing import Any, Self
 SCHEMA = 1
 
 # Stages of a generation, in the order in which they happen. `draft_prefill` is the drafter's own
-# reading of the prompt; it is charged to the method.
-STAGES = ("prefill", "draft_prefill", "draft", "verify", "commit")
+# reading of the prompt; it is charged to the method. `stop` is the task's look at the text, the
+# same for all; it is charged to none.
+STAGES = ("prefill", "draft_prefill", "draft", "verify", "commit", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ class Cost(Record):
     batch: int
     forwards: int
     repeat_s: list[float]
-    weight_bytes: int  # of the model that was read, from storage
+    weight_bytes: int  # read by all forwards together, from storage
     kv_bytes: int  # of the cache that was read
     flops: int
 

@@ -27,9 +27,9 @@ def load_calibrated(
     texts: token ids. Raises ValueError where the scheme needs texts and there are none.
     """
     absmax = None
-    if scheme.needs_absmax:
+    if asking := [s.label for s in (scheme, lm_head) if s.needs_absmax]:
         if not texts:
-            raise ValueError(f"{scheme.label} must have calibration text, got none for {folder}")
+            raise ValueError(f"{asking[0]} must have calibration text, got none for {folder}")
         plain = load_transformer(folder, scheme=dense, lm_head=dense, dtype=dtype, device=device)
         absmax = input_absmax(plain, texts)
     return load_transformer(

@@ -166,6 +166,12 @@ class Packer:
         self.device = device
         self.absmax = absmax or {}
 
+    def of(self, scheme: Scheme) -> "Packer":
+        """The same weights in another scheme."""
+        return Packer(
+            self.weights, scheme, dtype=self.dtype, device=self.device, absmax=self.absmax
+        )
+
     def tensor(self, name: str) -> Tensor:
         """A weight that no scheme touches: an embedding or a norm."""
         return self.weights[name].to(device=self.device, dtype=self.dtype)
@@ -214,7 +220,7 @@ def build_transformer(shape: Shape, packer: Packer, lm_head: Scheme) -> Transfor
                 mlp=packer.mlp(f"{label}.mlp", prefix),
             )
         )
-    head = Packer(packer.weights, lm_head, dtype=packer.dtype, device=packer.device)
+    head = packer.of(lm_head)
     return Transformer(
         shape,
         embedding=packer.tensor(EMBEDDING),

@@ -14,7 +14,8 @@ from methods.transformer import Transformer
 from methods.tree import Tree
 from methods.verify import Rule, accept
 
-# Told each stage's name as it ends: prefill, draft_prefill, draft, verify, commit.
+# Told each stage's name as it ends: prefill, draft_prefill, then draft, verify, commit and stop
+# (the caller's own look at the new tokens) of every step.
 Mark = Callable[[str], None]
 
 # Prompts are read in chunks, so that activations of a long one stay small.
@@ -193,6 +194,7 @@ def generate(
         drafted.append(state.drafted)
         new = state.tokens[len(prompt) :]
         keep = stop(new[:limit])
+        mark("stop")
         if keep is not None or len(new) >= limit:
             return Output(
                 token_ids=new[: limit if keep is None else keep],

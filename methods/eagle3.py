@@ -121,9 +121,6 @@ class Eagle3(TreeRecipe):
         weights = Weights(folder)
         target = parts.target
         packer = Packer(weights, parts.scheme, dtype=target.dtype, device=target.device)
-        output = Packer(
-            weights, parts.lm_head or parts.dense, dtype=target.dtype, device=target.device
-        )
         eps = shape.norm_eps
         return Eagle3Head(
             shape,
@@ -136,7 +133,7 @@ class Eagle3(TreeRecipe):
             mlp_norm=packer.norm(f"{PREFIX}post_attention_layernorm.weight", eps),
             mlp=packer.mlp("mlp", PREFIX),
             norm=packer.norm("norm.weight", eps),
-            lm_head=output.linear("lm_head", "lm_head.weight"),
+            lm_head=packer.of(parts.lm_head or parts.dense).linear("lm_head", "lm_head.weight"),
             offsets=weights["d2t"].to(target.device),
         ).eval()
 

@@ -139,8 +139,9 @@ class TreeDrafter(Drafter):
         Where the target has not read a decided token yet, its feature lacks and only the root is
         proposed: that step reads it.
         """
-        self.kv.rewind(min(self.kv.length, max(state.kept - 1, 0)))
         last = len(state.tokens) - 1
+        # A pair stands while both its tokens do; the newest is read anew for its output.
+        self.kv.rewind(max(min(self.kv.length, state.kept - 1, last - 1), 0))
         if last == 0 or len(state.features) < last:
             return Tree.chain(state.tokens[-1:], self.device)
         return self._grow(self._read_pairs(state, end=last), state.tokens[-1], position=last)

@@ -35,20 +35,24 @@ class Accepted:
 
 
 class Rule(ABC):
-    """Picks the token that a model itself would emit next."""
+    """Picks the token that a model itself would emit next: the one of highest score."""
 
     @abstractmethod
+    def scores(self, logits: Tensor, positions: Tensor, *, seed: int) -> Tensor:
+        """logits: [n, V]; positions: [n], where the picked token will stand -> [n, V]."""
+
     def pick(self, logits: Tensor, positions: Tensor, *, seed: int) -> Tensor:
-        """logits: [n, V]; positions: [n], where the picked token will stand -> [n] int64."""
+        """Take the first of the best. Arguments as of `scores` -> [n] int64."""
+        return self.scores(logits, positions, seed=seed).argmax(dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Greedy(Rule):
     """The most likely token; the first of equals."""
 
-    def pick(self, logits: Tensor, positions: Tensor, *, seed: int) -> Tensor:
-        """Ignore position and seed."""
-        return logits.argmax(dim=-1)
+    def scores(self, logits: Tensor, positions: Tensor, *, seed: int) -> Tensor:
+        """Score by the logits as they are."""
+        return logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,7 @@ class Sampled(Rule):
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
 
-    def pick(self, logits: Tensor, positions: Tensor, *, seed: int) -> Tensor:
+    def scores(self, logits: Tensor, positions: Tensor, *, seed: int) -> Tensor:
         """Nodes of the same position share their noise; at most one of them is emitted."""
         unique, row = torch.unique(positions, return_inverse=True)
         noise = torch.stack(
@@ -71,8 +75,7 @@ class Sampled(Rule):
         )
         # log-probability minus log of an exponential draw: Gumbel-max in the form that never
         # takes the logarithm of a rounded-off uniform.
-        scores = (logits.double() / self.temperature).log_softmax(dim=-1) - noise.log()[row]
-        return scores.argmax(dim=-1)
+        return (logits.double() / self.temperature).log_softmax(dim=-1) - noise.log()[row]
 
 
 def accept(tree: Tree, picked: Tensor) -> Accepted:
