@@ -1,0 +1,131 @@
+"""What a scheme is: a number format for weights, and the linear layer that computes with it.
+
+Letters: n tokens, K in-features, N out-features.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class QuantLinear(nn.Module, ABC):
+    """A linear layer whose weight, [N, K], is stored in some scheme's format.
+
+    Every stored tensor is a buffer, so that `weight_bytes` counts what lies in memory and
+    `.to(device)` moves all of it. A cast such as `.to(torch.bfloat16)` leaves the buffers' dtypes
+    alone, since a format names them, unless the class says that it is `castable`.
+    """
+
+    castable: ClassVar[bool] = False
+
+    def __init__(self, *, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the weight. x: [..., K] -> [..., N], in x's dtype."""
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """Give the weight as stored, [N, K] float32; never on a timed path."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.castable:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        for name, buffer in self.named_buffers(recurse=False):
+            moved = fn(buffer)
+            setattr(self, name, moved if moved.dtype == buffer.dtype else buffer.to(moved.device))
+        return self
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of every stored tensor of this layer, scales and zeros included."""
+        return sum(t.untyped_storage().nbytes() for t in self.buffers())
+
+
+class Scheme(ABC):
+    """A number format. Concrete schemes are frozen, keyword-only dataclasses of plain values."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Short name for tables, such as `w4a16-g128`; equal labels mean equal formats."""
+
+    @property
+    def activation_format(self) -> str:
+        """What activations are rounded to: int8, fp8, or nothing where they stay as they come."""
+        return ""
+
+    @property
+    def needs_absmax(self) -> bool:
+        """Whether `pack` wants the largest magnitude of each input channel."""
+        return False
+
+    @abstractmethod
+    def pack(self, weight: Tensor, absmax: Tensor | None = None) -> dict[str, Tensor]:
+        """Round a weight to the nearest representable one.
+
+        weight: [N, K] floating point. absmax: [K], largest |x| seen per input channel, for
+        schemes that move activation outliers into the weight (SmoothQuant).
+        Raises ValueError when the shape does not fit the format.
+        """
+
+    @abstractmethod
+    def layer(self, stored: Mapping[str, Tensor]) -> QuantLinear:
+        """Make the layer from stored tensors, as `pack`, a quantiser or a checkpoint gives them.
+
+        Raises ValueError on missing, superfluous or misshapen tensors.
+        """
+
+
+def take(stored: Mapping[str, Tensor], required: set[str], optional: set[str]) -> None:
+    """Check that `stored` holds exactly the tensors a format names."""
+    missing = required - stored.keys()
+    extra = stored.keys() - required - optional
+    if missing or extra:
+        raise ValueError(
+            f"stored tensors must be {sorted(required)}"
+            + (f" with optional {sorted(optional)}" if optional else "")
+            + f", got {sorted(stored)}"
+        )
+
+
+def stored_tensor(
+    stored: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Tensor:
+    """Give one stored tensor, contiguous and alone in its memory, or raise ValueError.
+
+    shape: -1 stands for any positive size. A tensor that is a piece of a larger one is copied, or
+    it would keep the larger one alive and `weight_bytes` would count it.
+    """
+    tensor = stored[name]
+    fits = len(shape) == tensor.ndim and all(
+        size == want or (want == -1 and size > 0)
+        for size, want in zip(tensor.shape, shape, strict=True)
+    )
+    if tensor.dtype != dtype or not fits:
+        wanted = ", ".join("any" if size == -1 else str(size) for size in shape)
+        raise ValueError(
+            f"{name} must be {dtype} of shape [{wanted}], got {tensor.dtype} "
+            f"of shape {list(tensor.shape)}"
+        )
+    tensor = tensor.contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def require_matrix(weight: Tensor) -> tuple[int, int]:
+    """Return (N, K) of a finite, not empty, floating-point matrix, or raise ValueError."""
+    if weight.ndim != 2 or not weight.is_floating_point() or weight.numel() == 0:
+        raise ValueError(
+            f"weight must be a floating-point [N, K] matrix with N, K >= 1, got {weight.dtype} "
+            f"of shape {list(weight.shape)}"
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("weight must be finite, got infinities or NaNs")
+    return weight.shape[0], weight.shape[1]
