@@ -1,0 +1,298 @@
+"""What a person reads: the page, its Markdown, and the table a terminal shows.
+
+Everything said here is computed from the rows; an interval that contains 1 is never called a
+speed-up. Measured cells and synthetic ones (random weights, replayed acceptance) stand apart.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import jinja2
+
+from bench.results import VANILLA, Campaign, CellRow
+from bench.stats import CostRow
+
+TEMPLATES = Path(__file__).parent / "templates"
+EFFECTS = {
+    "faster": "faster",
+    "slower": "slower",
+    "same": "no measurable difference",
+    "unknown": "no interval from a single prompt",
+}
+FEW_PROMPTS = 20  # below this a percentile interval is itself a rough guess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A drawn figure and what it shows."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+    def _repr_html_(self) -> str:
+        return self.svg  # a notebook shows the last value of a cell by this
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """The measured cells of a campaign, or its synthetic ones; never both."""
+
+    title: str
+    note: str  # label of every synthetic row; empty for measured ones
+    rows: list[CellRow]
+    costs: list[CostRow]
+    figures: list[Figure]
+
+    @property
+    def groups(self) -> list["Group"]:
+        """Give one matrix per model, task and device."""
+        keys = dict.fromkeys(r.group for r in self.rows)
+        return [Group(rows=[r for r in self.rows if r.group == key]) for key in keys]
+
+    def figure(self, name: str) -> Figure:
+        """Give a figure by its name, such as `speedup`."""
+        drawn = {f.name: f for f in self.figures}
+        if name not in drawn:
+            raise ValueError(f"figure must be among {list(drawn)}, got {name}")
+        return drawn[name]
+
+    @property
+    def predictions(self) -> list[CellRow]:
+        """Cells where the cost model can be held to a measurement."""
+        return [r for r in self.rows if r.predicted_speedup and r.speedup_decode]
+
+    @property
+    def compatibilities(self) -> list[CellRow]:
+        """Cells on quantised weights whose dense counterpart was measured."""
+        return [r for r in self.rows if r.compatibility is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Cells that differ in scheme and method only: one matrix."""
+
+    rows: list[CellRow]
+
+    @property
+    def title(self) -> str:
+        """Model and task."""
+        return f"{self.rows[0].model} on {self.rows[0].task}"
+
+    @property
+    def facts(self) -> str:
+        """Under which conditions."""
+        r = self.rows[0]
+        decoding = "greedy" if r.temperature == 0 else f"temperature {r.temperature:g}"
+        prompts = max(row.num_prompts for row in self.rows)
+        return f"{r.weights} weights, {r.device}, {r.dtype}, {decoding}, up to {prompts} prompts"
+
+    @property
+    def targets(self) -> list[str]:
+        """Rows of the matrix."""
+        return list(dict.fromkeys(r.target for r in self.rows))
+
+    @property
+    def arms(self) -> list[str]:
+        """Columns of the matrix; vanilla is the row's own baseline."""
+        return list(dict.fromkeys(r.arm for r in self.rows if r.method != VANILLA))
+
+    def at(self, target: str, arm: str) -> CellRow | None:
+        """Give the cell of a row and column."""
+        return next((r for r in self.rows if (r.target, r.arm) == (target, arm)), None)
+
+    def verdict(self, target: str) -> str:
+        """Say whether the methods of a row gave vanilla's tokens."""
+        rows = [r for r in self.rows if r.target == target and r.num_ties is not None]
+        different = [r.arm for r in rows if r.lossless == "DIFFERENT"]
+        if different:
+            return f"DIFFERENT: {', '.join(different)}"
+        ties = sum(r.num_ties or 0 for r in rows)
+        turns = sum(r.num_paired or 0 for r in rows)
+        if not rows:
+            return "-"
+        return f"ties: {ties} of {turns} turns" if ties else "exact"
+
+    @property
+    def answer(self) -> str:
+        """Say in one paragraph what the matrix says."""
+        parts = [_best(t, [r for r in self.rows if r.target == t]) for t in self.targets]
+        rates = [r for r in self.rows if r.tokens_per_s is not None]
+        if rates:
+            top = max(rates, key=lambda r: r.tokens_per_s or 0)
+            parts.append(
+                f"The highest rate is {top.tokens_per_s:.1f} tok/s: {top.target} with {top.arm}"
+            )
+        return ". ".join(p[0].upper() + p[1:] for p in parts) + "."
+
+
+def effect(row: CellRow) -> str:
+    """Say what an interval allows: faster, slower, same (it contains 1), or unknown."""
+    if row.speedup_low is None or row.speedup_high is None:
+        return "unknown"
+    if row.speedup_low > 1:
+        return "faster"
+    return "slower" if row.speedup_high < 1 else "same"
+
+
+def format_table(rows: Sequence[CellRow]) -> str:
+    """Give the main table for a terminal: a heading per model and task, one line per cell."""
+    head = ["scheme", "method", "tok/s", "speed-up", "tau", "same tokens", "status"]
+    lines = []
+    for key in dict.fromkeys(r.group for r in rows):
+        group = Group(rows=[r for r in rows if r.group == key])
+        table = [head, *(_line(r) for r in group.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        lines.append(f"{group.title}: {group.facts}")
+        for line in table:
+            cells = [c.ljust(w) for c, w in zip(line, widths, strict=True)]
+            cells[2], cells[4] = line[2].rjust(widths[2]), line[4].rjust(widths[4])
+            lines.append(("  " + "  ".join(cells)).rstrip())
+        lines.append("")
+    return "\n".join(lines)
+
+
+def warnings(campaign: Campaign, rows: Sequence[CellRow]) -> list[str]:
+    """What a reader must know before the numbers."""
+    said = []
+    if any(c.cell.device.startswith("cpu") for c in campaign.cells):
+        said.append("CPU timings show that the instrument works, not what a GPU would do.")
+    said += [
+        f"Cells differ in {name}: "
+        + ", ".join(f"{_short(v)} ({_count(n, 'cell')})" for v, n in seen.most_common())
+        for name, seen in provenance(campaign).items()
+        if len(seen) > 1 and name != "uncommitted changes"
+    ]
+    if dirty := provenance(campaign)["uncommitted changes"]["yes"]:
+        said.append(f"{_count(dirty, 'cell')} measured on a tree with uncommitted changes.")
+    if few := [r for r in rows if r.status == "done" and r.num_prompts < FEW_PROMPTS]:
+        told = f"{_count(len(few), 'cell')} with fewer than {FEW_PROMPTS} prompts"
+        said.append(f"{told}: their intervals are rough themselves.")
+    places = Counter((r.group, r.target, r.arm) for r in rows)
+    if twice := [r.cell for r in rows if places[r.group, r.target, r.arm] > 1]:
+        said.append(f"Cells of the same labels, the first is in the matrix: {', '.join(twice)}.")
+    if campaign.stray:
+        said.append(f"Folders with results but no cell.json: {', '.join(campaign.stray)}.")
+    return said
+
+
+def provenance(campaign: Campaign) -> dict[str, Counter[str]]:
+    """Count cells per value of each thing that should not differ within a comparison."""
+    seen: dict[str, Counter[str]] = {}
+    for result in campaign.cells:
+        c = result.context
+        packages = ", ".join(f"{k} {v}" for k, v in sorted((c.get("packages") or {}).items()))
+        dirty = {True: "yes", False: "no"}.get(c.get("dirty", "unknown"))
+        values = {
+            "host": c.get("hostname"),
+            "device": result.device_name if c else None,
+            "commit": c.get("commit"),
+            "uncommitted changes": dirty,
+            "diff": (c.get("diff_sha256") or "none") if c else None,
+            "python": c.get("python"),
+            "packages": packages,
+        }
+        for name, value in values.items():
+            seen.setdefault(name, Counter())[str(value or "unknown")] += 1
+    return seen
+
+
+def dates(campaign: Campaign) -> str:
+    """First and last start of a cell."""
+    started = sorted(str(c.context["started"]) for c in campaign.cells if "started" in c.context)
+    ends = [time[:16].replace("T", " ") for time in (*started[:1], *started[-1:])]
+    return " to ".join(dict.fromkeys(ends)) or "unknown date"
+
+
+def render(
+    template: str, campaign: Campaign, sections: Sequence[Section], confidence: float
+) -> str:
+    """Fill templates/report.html.j2 or templates/report.md.j2."""
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=template.endswith(".html.j2"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["num"] = number
+    environment.filters["effect"] = effect
+    rows = [r for section in sections for r in section.rows]
+    return environment.get_template(template).render(
+        campaign=campaign,
+        confidence=confidence,
+        sections=[s for s in sections if s.rows or s.costs],
+        warnings=warnings(campaign, rows),
+        provenance={
+            k: [(_short(v), n) for v, n in c.items()] for k, c in provenance(campaign).items()
+        },
+        dates=dates(campaign),
+        failures=[c for c in campaign.cells if not c.done],
+        columns=[f.name for f in fields(CellRow)],
+        cost_columns=[f.name for f in fields(CostRow)],
+    )
+
+
+def number(value: object) -> str:
+    """Write a value as a table shows it: nothing for None, three or four digits for a float."""
+    if value is None or value == ():
+        return ""
+    if isinstance(value, tuple):
+        return " ".join(number(v) for v in value)
+    if not isinstance(value, float):
+        return str(value)
+    if value == 0 or 0.01 <= abs(value) < 100:
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _best(target: str, rows: Sequence[CellRow]) -> str:
+    """Say what the methods did on one scheme."""
+    arms = [r for r in rows if r.method != VANILLA and r.speedup is not None]
+    if not arms:
+        return f"on {target} no method was compared with vanilla"
+    faster = [r for r in arms if effect(r) == "faster"]
+    if not faster:
+        told = ", ".join(f"{_told(r)} {EFFECTS[effect(r)]}" for r in arms)
+        return f"on {target} no method is measurably faster than vanilla: {told}"
+    best = max(faster, key=lambda r: r.speedup or 0)
+    rest = [r for r in arms if r is not best and (r.speedup_high or 0) >= (best.speedup_low or 0)]
+    beside = f", not told apart from {' and '.join(_told(r) for r in rest)}" if rest else ""
+    return f"on {target} the best method is {_told(best)}{beside}"
+
+
+def _told(row: CellRow) -> str:
+    bounds = f" ({row.speedup_low:.2f}-{row.speedup_high:.2f})" if row.speedup_low else ""
+    wrong = " [tokens DIFFER from vanilla's]" if row.lossless == "DIFFERENT" else ""
+    return f"{row.arm} {row.speedup:.2f}x{bounds}{wrong}"
+
+
+def _line(row: CellRow) -> list[str]:
+    speedup = "" if row.speedup is None else f"{row.speedup:.2f}"
+    if row.speedup_low is not None and row.method != VANILLA:
+        speedup += f" [{row.speedup_low:.2f}, {row.speedup_high:.2f}]"
+    same = row.lossless if row.agreement is None else f"{row.agreement:.0%} {row.lossless}"
+    return [
+        row.target + (" (random)" if row.weights == "random" else ""),
+        row.arm,
+        "" if row.tokens_per_s is None else f"{row.tokens_per_s:.1f}",
+        speedup,
+        "" if row.acceptance_length is None else f"{row.acceptance_length:.2f}",
+        same,
+        row.status,
+    ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + "s" * (number != 1)
+
+
+def _short(value: str) -> str:
+    """Shorten a hash; leave anything else."""
+    hexadecimal = len(value) >= 40 and set(value) <= set("0123456789abcdef")
+    return value[:10] if hexadecimal else value

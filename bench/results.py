@@ -1,0 +1,298 @@
+"""What lies in a campaign's folder: cells read back as typed records, nothing passed over silently.
+
+    campaign = load(Path("results/demo"))
+
+A cell that never ended is `unfinished`; one that failed keeps its reason; a record of another
+schema is refused by the name of its file.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bench.record import SCHEMA, Cell, Cost, Generation, Record, Status, read_json, read_lines
+
+UNFINISHED = "unfinished"
+VANILLA = "vanilla"
+REPORT = "report"  # the folder of a campaign that a report is written to
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """A cell as its folder has it. generations or costs are filled, by the cell's door."""
+
+    name: str  # of its folder, relative to the campaign
+    cell: Cell
+    status: Status
+    context: dict[str, Any]
+    generations: list[Generation]
+    costs: list[Cost]
+
+    @property
+    def done(self) -> bool:
+        """Only whole cells are turned into numbers."""
+        return self.status.state == "done"
+
+    @property
+    def synthetic(self) -> bool:
+        """Random weights or replayed acceptance: costs are real, tokens mean nothing."""
+        return is_synthetic(weights=self.cell.weights, acceptance=self.cell.acceptance)
+
+    @property
+    def tokens_matter(self) -> bool:
+        """Whether the tokens are the model's own and not a profile's."""
+        return self.cell.acceptance == "measured"
+
+    @property
+    def device_name(self) -> str:
+        """The device as the driver calls it, such as `NVIDIA H200`; the label where unknown."""
+        return str(self.context.get("device", {}).get("name") or self.cell.device)
+
+    @property
+    def target(self) -> tuple[str, ...]:
+        """What two cells must share for their costs to be of the same target on one device."""
+        c = self.cell
+        return (c.model, c.weights, c.scheme, c.lm_head, c.device, c.dtype, self.device_name)
+
+    @property
+    def comparable(self) -> tuple[str, ...]:
+        """What a method and its baseline must share for their ratio to mean something."""
+        return (*self.target, self.cell.task, str(self.cell.temperature))
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """All cells below a campaign's folder. stray: folders with results that are no cell."""
+
+    name: str
+    folder: Path
+    cells: list[CellResult]
+    stray: list[str]
+
+    @cached_property
+    def runs(self) -> list[CellResult]:
+        """Cells of generations, dense first, vanilla first."""
+        return sorted((c for c in self.cells if c.cell.door == "run"), key=_place)
+
+    @cached_property
+    def costs(self) -> list[CellResult]:
+        """Cells of cost measurements."""
+        return sorted((c for c in self.cells if c.cell.door == "cost"), key=_place)
+
+    def vanilla_of(self, result: CellResult) -> CellResult | None:
+        """Give the whole vanilla cell of the same target, task, device and temperature."""
+        found = [
+            c
+            for c in self.runs
+            if c.cell.method == VANILLA and c.done and c.comparable == result.comparable
+        ]
+        if len(found) > 1:
+            names = " and ".join(c.name for c in found)
+            raise ValueError(f"{self.folder}: a baseline must be unique, got {names}")
+        return found[0] if found else None
+
+    def dense_of(self, result: CellResult) -> CellResult | None:
+        """Give the whole cell of the same method and everything else on unquantised weights."""
+        found = [
+            c for c in self.runs if c.done and is_dense(c.cell.scheme) and _arm(c) == _arm(result)
+        ]
+        # A quantised lm_head has a counterpart of its own only where somebody measured one.
+        same_head = [c for c in found if c.cell.lm_head == result.cell.lm_head]
+        dense_head = [c for c in found if is_dense(c.cell.lm_head)]
+        return next(iter(same_head or dense_head), None)
+
+    def costs_of(self, result: CellResult) -> tuple[list[Cost], list[Cost]]:
+        """Give the costs of verifying on this target, and of this cell's drafter beside it."""
+        same = [c for c in self.costs if c.done and c.target == result.target]
+        verify = [r for c in same for r in c.costs if r.what == "verify"]
+        drafter = (result.cell.method, result.cell.draft_scheme)
+        draft = [
+            r
+            for c in same
+            if (c.cell.method, c.cell.draft_scheme) == drafter
+            for r in c.costs
+            if r.what == "draft"
+        ]
+        return verify, draft
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRow:
+    """One cell of generations as table.csv has it; None where nothing was or could be measured."""
+
+    model: str
+    weights: str
+    scheme: str
+    draft_scheme: str
+    method: str
+    task: str
+    device: str
+    num_prompts: int
+    num_tokens: int
+    tokens_per_s: float | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    acceptance_length: float | None = None
+    agreement: float | None = None
+    status: str
+    dtype: str
+    lm_head: str
+    acceptance: str
+    temperature: float
+    acceptance_low: float | None = None
+    acceptance_high: float | None = None
+    speedup_decode: float | None = None
+    speedup_request: float | None = None
+    lossless: str = ""
+    num_ties: int | None = None
+    num_differences: int | None = None
+    num_too_long: int
+    num_steps: int | None = None
+    drafted_per_step: float | None = None
+    share_draft_prefill: float | None = None
+    share_draft: float | None = None
+    share_verify: float | None = None
+    share_commit: float | None = None
+    host_gap_share: float | None = None
+    predicted_speedup: float | None = None
+    reason: str
+    cell: str
+    compatibility: float | None = None  # speed-up over the dense target's, same method
+    compatibility_low: float | None = None
+    compatibility_high: float | None = None
+    num_paired: int | None = None  # turns the speed-up rests on
+    num_incomparable: int | None = None  # later turns after a different answer
+    acceptance_at: tuple[float, ...] = ()
+
+    @property
+    def synthetic(self) -> bool:
+        """Random weights or replayed acceptance: costs are real, tokens mean nothing."""
+        return is_synthetic(weights=self.weights, acceptance=self.acceptance)
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        """What the cells of one matrix share."""
+        return (self.model, self.weights, self.task, self.device, self.dtype, self.temperature)
+
+    @property
+    def target(self) -> str:
+        """The row of a matrix: the scheme, and lm_head's where it is quantised too."""
+        return self.scheme if is_dense(self.lm_head) else f"{self.scheme}, lm_head {self.lm_head}"
+
+    @property
+    def arm(self) -> str:
+        """The column of a matrix: the method, and what is unusual about its drafter."""
+        quantised = self.draft_scheme and not is_dense(self.draft_scheme)
+        drafter = f", drafter {self.draft_scheme}" if quantised else ""
+        replayed = "" if self.acceptance == "measured" else f" [{self.acceptance}]"
+        return self.method + drafter + replayed
+
+
+def load(folder: Path) -> Campaign:
+    """Read every cell below a campaign's folder.
+
+    Raises ValueError where there is no folder, no cell, a broken file or another schema.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"a campaign must be a folder, got {folder}")
+    inside = [d for d in sorted(folder.rglob("*")) if d.is_dir() and not _is_report(d, folder)]
+    cells = [_read_cell(d, folder) for d in inside if (d / "cell.json").exists()]
+    stray = [
+        str(d.relative_to(folder))
+        for d in inside
+        if not (d / "cell.json").exists()
+        and any((d / name).exists() for name in ("status.json", "records.jsonl", "config.yaml"))
+    ]
+    if not cells:
+        seen = f" (folders without cell.json: {', '.join(stray)})" if stray else ""
+        raise ValueError(f"a campaign must hold at least one cell, got none in {folder}{seen}")
+    return Campaign(name=folder.resolve().name, folder=folder, cells=cells, stray=stray)
+
+
+def is_synthetic(*, weights: str, acceptance: str) -> bool:
+    """Tell whether tokens mean nothing: random weights, or acceptance that was replayed."""
+    return weights == "random" or acceptance != "measured"
+
+
+def is_dense(scheme: str) -> bool:
+    """Tell whether a scheme's label names unquantised weights."""
+    return scheme.startswith("dense")
+
+
+def _read_cell(folder: Path, root: Path) -> CellResult:
+    cell = _parse(Cell, folder / "cell.json")
+    if cell.door not in ("run", "cost"):
+        raise ValueError(f"{folder / 'cell.json'}: door must be run or cost, got {cell.door!r}")
+    ended = (folder / "status.json").exists()
+    status = _parse(Status, folder / "status.json") if ended else Status(state=UNFINISHED)
+    # A killed writer leaves half a line; a cell that says it is done has no excuse for one.
+    torn = status.state != "done"
+    records = folder / "records.jsonl"
+    generations, costs = [], []
+    if records.exists() and cell.door == "run":
+        generations = list(_parse_lines(Generation, records, torn_tail=torn))
+    elif records.exists():
+        costs = list(_parse_lines(Cost, records, torn_tail=torn))
+    return CellResult(
+        name=str(folder.relative_to(root)),
+        cell=cell,
+        status=status,
+        context=_read_context(folder / "context.json"),
+        generations=generations,
+        costs=costs,
+    )
+
+
+def _parse(kind: type[R], path: Path) -> R:
+    values = read_json(path)
+    try:
+        return kind.parse(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _parse_lines(kind: type[R], path: Path, *, torn_tail: bool) -> Iterator[R]:
+    for number, values in enumerate(read_lines(path, torn_tail=torn_tail), start=1):
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: record {number} must be an object, got {values!r}")
+        try:
+            yield kind.parse(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: record {number}: {error}") from error
+
+
+def _read_context(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    context = read_json(path)
+    if context.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: schema must be {SCHEMA}, got {context.get('schema')!r}")
+    return context
+
+
+def _is_report(folder: Path, root: Path) -> bool:
+    return folder.relative_to(root).parts[0] == REPORT
+
+
+def _arm(result: CellResult) -> tuple[object, ...]:
+    c = result.cell
+    return (
+        (c.model, c.weights, c.task, c.device, result.device_name, c.dtype, c.temperature),
+        (c.method, c.draft_scheme, c.acceptance),
+    )
+
+
+def _place(result: CellResult) -> tuple[object, ...]:
+    c = result.cell
+    return (
+        result.synthetic,
+        (c.model, c.weights, c.task, c.device, c.dtype, c.temperature),
+        (not is_dense(c.scheme), c.scheme, c.lm_head),
+        (c.method != VANILLA, c.method, c.draft_scheme, c.acceptance),
+        result.name,
+    )

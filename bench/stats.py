@@ -1,0 +1,281 @@
+"""From cells to rows: every number of the tables with its interval.
+
+    rows = cell_rows(load(Path("results/demo")), Bootstrap(samples=2000, confidence=0.95, seed=0))
+
+Prompts are what was sampled, so prompts are what is resampled: each resample draws whole prompts,
+all turns and both arms together, and takes the ratio of sums. An interval says how far another
+draw of such prompts would move the number; it does not cover another machine or another day.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench import metrics
+from bench.record import Generation
+from bench.results import VANILLA, Campaign, CellResult, CellRow, is_dense
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A number and its bounds; no bounds where a single prompt leaves nothing to resample."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bootstrap:
+    """Percentile intervals by resampling; the same seed gives the same interval."""
+
+    samples: int
+    confidence: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.samples, int) or self.samples < 100:
+            raise ValueError(f"bootstrap_samples must be 100 or more, got {self.samples!r}")
+        if not isinstance(self.confidence, float) or not 0 < self.confidence < 1:
+            raise ValueError(f"confidence must lie between 0 and 1, got {self.confidence!r}")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed!r}")
+
+    def over_prompts(
+        self, sums: Mapping[str, Sequence[float]], statistic: Callable[[Floats], Floats]
+    ) -> Interval:
+        """Resample prompts. sums: per prompt id, k sums. statistic: [..., k] -> [...]."""
+        table = np.array(list(sums.values()), dtype=np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = float(statistic(table.sum(axis=0))) if len(table) else float("nan")
+            if not np.isfinite(value):
+                return Interval(value=None, low=None, high=None)
+            if len(table) < 2:
+                return Interval(value=value, low=None, high=None)
+            share = np.full(len(table), 1 / len(table))
+            generator = np.random.default_rng(self.seed)
+            drawn = generator.multinomial(len(table), share, size=self.samples)
+            low, high = self._bounds(statistic(drawn @ table))
+        return Interval(value=value, low=low, high=high)
+
+    def ratio_of_medians(self, above: Sequence[float], below: Sequence[float]) -> Interval:
+        """Resample the repeats of two timings, each on its own."""
+        value = statistics.median(above) / statistics.median(below)
+        if min(len(above), len(below)) < 2:
+            return Interval(value=value, low=None, high=None)
+        generator = np.random.default_rng(self.seed)
+        medians = [
+            np.median(generator.choice(repeats, (self.samples, len(repeats))), axis=1)
+            for repeats in (above, below)
+        ]
+        low, high = self._bounds(medians[0] / medians[1])
+        return Interval(value=value, low=low, high=high)
+
+    def _bounds(self, resampled: Floats) -> tuple[float, float]:
+        outside = (1 - self.confidence) / 2
+        low, high = np.quantile(resampled[np.isfinite(resampled)], [outside, 1 - outside])
+        return float(low), float(high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostRow:
+    """One timed forward or proposal as cost.csv has it."""
+
+    what: str
+    method: str
+    scheme: str
+    n: int | None = None
+    context: int | None = None
+    batch: int | None = None
+    median_s: float | None = None
+    min_s: float | None = None
+    max_s: float | None = None
+    count: int | None = None
+    ratio: float | None = None  # to T_1: the same target reading one token
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    tokens_per_s_at_n: float | None = None
+    gb_per_s: float | None = None
+    forwards: int | None = None
+    model: str
+    weights: str
+    lm_head: str
+    draft_scheme: str
+    device: str
+    dtype: str
+    status: str
+    reason: str
+    cell: str
+
+
+def cell_rows(campaign: Campaign, bootstrap: Bootstrap) -> list[CellRow]:
+    """Give one row per cell of generations, failed and unfinished ones included."""
+    return [_cell_row(result, campaign, bootstrap) for result in campaign.runs]
+
+
+def rate(sums: Floats) -> Floats:
+    """[..., 2] -> first sum over second."""
+    return np.asarray(sums[..., 0] / sums[..., 1])
+
+
+def speedup(sums: Floats) -> Floats:
+    """[..., 4], as `metrics.pair_sums` gives them: the method's tokens/s over vanilla's."""
+    return rate(sums[..., 0:2]) / rate(sums[..., 2:4])
+
+
+def compatibility(sums: Floats) -> Floats:
+    """[..., 8]: speed-up on a scheme over speed-up on dense weights."""
+    return speedup(sums[..., 0:4]) / speedup(sums[..., 4:8])
+
+
+def _cell_row(result: CellResult, campaign: Campaign, bootstrap: Bootstrap) -> CellRow:
+    c, ok = result.cell, metrics.finished(result.generations)
+    row = CellRow(
+        model=c.model,
+        weights=c.weights,
+        scheme=c.scheme,
+        draft_scheme=c.draft_scheme,
+        method=c.method,
+        task=c.task,
+        device=c.device,
+        num_prompts=len({g.prompt_id for g in ok}),
+        num_tokens=metrics.num_tokens(ok),
+        status=result.status.state,
+        dtype=c.dtype,
+        lm_head=c.lm_head,
+        acceptance=c.acceptance,
+        temperature=c.temperature,
+        num_too_long=len(result.generations) - len(ok),
+        reason=result.status.reason,
+        cell=result.name,
+    )
+    if not result.done:
+        return row
+    if not ok:
+        return replace(row, reason="every prompt is too long" if row.num_too_long else "no records")
+    row = _measured(row, ok, bootstrap)
+    if c.method == VANILLA:
+        return replace(
+            row,
+            speedup=1.0,
+            speedup_low=1.0,
+            speedup_high=1.0,
+            speedup_decode=1.0,
+            speedup_request=1.0,
+            lossless="-",
+        )
+    row = replace(row, predicted_speedup=_predicted(row, result, campaign))
+    vanilla = campaign.vanilla_of(result)
+    if vanilla is None:
+        return replace(row, reason="no finished vanilla cell of the same target, task and device")
+    return _beside(row, result, vanilla, campaign, bootstrap)
+
+
+def _measured(row: CellRow, ok: Sequence[Generation], bootstrap: Bootstrap) -> CellRow:
+    """Fill what a cell says on its own."""
+    tau = bootstrap.over_prompts(metrics.step_sums(ok), rate)
+    shares = metrics.stage_shares(ok)
+    return replace(
+        row,
+        tokens_per_s=metrics.tokens_per_second(ok),
+        acceptance_length=tau.value,
+        acceptance_low=tau.low,
+        acceptance_high=tau.high,
+        num_steps=metrics.num_steps(ok),
+        drafted_per_step=metrics.drafted_per_step(ok),
+        share_draft_prefill=shares.get("draft_prefill"),
+        share_draft=shares.get("draft"),
+        share_verify=shares.get("verify"),
+        share_commit=shares.get("commit"),
+        host_gap_share=metrics.host_gap_share(ok),
+        acceptance_at=tuple(metrics.acceptance_at(ok)),
+    )
+
+
+def _beside(
+    row: CellRow,
+    result: CellResult,
+    vanilla: CellResult,
+    campaign: Campaign,
+    bootstrap: Bootstrap,
+) -> CellRow:
+    """Fill what a cell says beside vanilla's, and beside the same method's on dense weights."""
+    paired = pairing(result, vanilla)
+    row = replace(row, num_paired=len(paired.pairs), num_incomparable=paired.num_incomparable)
+    if not paired.pairs:
+        return replace(row, reason="no prompt in common with vanilla")
+    sums = metrics.pair_sums(paired.pairs)
+    gain = bootstrap.over_prompts(sums, speedup)
+    row = replace(
+        row,
+        speedup=gain.value,
+        speedup_low=gain.low,
+        speedup_high=gain.high,
+        speedup_decode=_speedup(paired, metrics.DECODE),
+        speedup_request=_speedup(paired, metrics.REQUEST),
+        reason=f"{paired.num_unpaired} turns without a vanilla turn" * bool(paired.num_unpaired),
+    )
+    if result.tokens_matter and result.cell.temperature == 0:
+        row = _agreeing(row, paired, result.cell.tie_threshold_nats)
+    dense = campaign.dense_of(result)
+    dense_vanilla = campaign.vanilla_of(dense) if dense else None
+    if dense is None or dense_vanilla is None or is_dense(result.cell.scheme):
+        return row
+    theirs = metrics.pair_sums(pairing(dense, dense_vanilla).pairs)
+    both = {prompt: [*sums[prompt], *theirs[prompt]] for prompt in sums if prompt in theirs}
+    kept = bootstrap.over_prompts(both, compatibility)
+    return replace(
+        row,
+        compatibility=kept.value,
+        compatibility_low=kept.low,
+        compatibility_high=kept.high,
+    )
+
+
+def _agreeing(row: CellRow, paired: metrics.Pairing, tie_threshold_nats: float) -> CellRow:
+    """Fill the verdict; sampled tokens differ by chance and replayed ones by a profile."""
+    agreed = metrics.agreement(paired.pairs, tie_threshold_nats)
+    if agreed is None:
+        return row
+    return replace(
+        row,
+        agreement=agreed.share,
+        lossless=agreed.verdict,
+        num_ties=agreed.num_ties,
+        num_differences=agreed.num_differences,
+    )
+
+
+def pairing(result: CellResult, vanilla: CellResult) -> metrics.Pairing:
+    """Put a cell's turns beside its baseline's."""
+    return metrics.pair(result.generations, vanilla.generations, tokens_matter=result.tokens_matter)
+
+
+def _speedup(paired: metrics.Pairing, stages: Sequence[str]) -> float | None:
+    sums = np.array(list(metrics.pair_sums(paired.pairs, stages).values())).sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(speedup(sums))
+    return value if np.isfinite(value) else None
+
+
+def _predicted(row: CellRow, result: CellResult, campaign: Campaign) -> float | None:
+    verify, draft = campaign.costs_of(result)
+    context = metrics.mean_context(metrics.finished(result.generations))
+    if row.acceptance_length is None or row.drafted_per_step is None or context is None:
+        return None
+    n = row.drafted_per_step + 1  # the root is read with the drafts
+    once = metrics.verify_seconds(verify, 1, context)
+    read = metrics.verify_seconds(verify, n, context)
+    proposed = metrics.draft_seconds(draft, n, context)
+    if once is None or read is None or proposed is None:
+        return None
+    return metrics.predicted_speedup(
+        acceptance_length=row.acceptance_length,
+        draft_ratio=proposed / once,
+        verify_ratio=read / once,
+    )
