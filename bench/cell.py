@@ -1,0 +1,254 @@
+"""Child of `specquant run`: loads a target once and decodes a task with several arms in turn.
+
+Every prompt is a round through all arms; the order turns around each round and then rotates
+(A B C, C B A, B C A, A C B, ...), so that a ratio of two arms compares neighbours in time and a
+drift of the machine cancels. A round is written when it is whole; on resume a round that some arm
+lacks is run again by all of them.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from tqdm import tqdm
+
+from bench.build import PACKAGES
+from bench.child import ArmJob, Child, run_child
+from bench.config import Config, parse
+from bench.context import RECORDS, write_context
+from bench.load import Loader, context_of
+from bench.lossless import divergence
+from bench.record import Generation, Status, append_line, read_lines, write_lines
+from bench.task import Prompt, Stopper, cut, encode, load
+from bench.timer import Timer
+from methods.decode import Method, generate
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One method of the block, with the answers of the current round and of its past."""
+
+    job: ArmJob
+    config: Config
+    method: Method
+    whole: set[str]  # prompts whose turns are all recorded
+    round: list[Generation] = field(default_factory=list)
+
+    @property
+    def records(self) -> Path:
+        """Its file of generations."""
+        return Path(self.job.folder, RECORDS)
+
+
+def interleaved(arms: Sequence[T], number: int) -> list[T]:
+    """Order of the arms in round `number`: each order is followed by its reverse, then rotated."""
+    shift = number // 2 % len(arms)
+    order = [*arms[shift:], *arms[:shift]]
+    return order[::-1] if number % 2 else order
+
+
+def seed_of(seed: int, prompt_id: str, turn: int) -> int:
+    """Seed of one generation; the same for every arm."""
+    name = f"{seed}/{prompt_id}/{turn}".encode()
+    return int.from_bytes(hashlib.sha256(name).digest()[:7], "big")
+
+
+def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
+    """Bring every arm of the job to an end, or leave at the first that fails."""
+    jobs = child.job.arms
+    child.announce(None, "loading the target")
+    with child.charged(jobs, building=True):
+        configs = [parse(job.config, packages=packages) for job in jobs]
+        first = configs[0]
+        settings = first.settings
+        loader = Loader(
+            first.model,
+            first.schemes,
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+        )
+        prompts = load(first.task)
+    arms = []
+    for job, config in zip(jobs, configs, strict=True):
+        child.announce(job, "building")
+        with child.charged([job], building=True):
+            write_context(Path(job.folder), loader.device, child.job.argv)
+            method = loader.method(config)
+            whole = _whole(Path(job.folder, RECORDS), prompts)
+            arms.append(Arm(job=job, config=config, method=method, whole=whole))
+    Block(child, loader, arms, prompts).run()
+
+
+class Block:
+    """Arms that are ready, and the prompts that they go through together."""
+
+    def __init__(
+        self, child: Child, loader: Loader, arms: list[Arm], prompts: list[Prompt]
+    ) -> None:
+        self.child = child
+        self.loader = loader
+        self.arms = arms
+        self.prompts = prompts
+        self.timer = Timer(loader.device)
+        self.task = arms[0].config.task
+        self.settings = arms[0].config.settings
+        self.context = context_of(self.settings, loader.target)
+        self.vanilla = _vanilla(child.job.baseline, arms)
+
+    def run(self) -> None:
+        """Run every round that is not whole for all arms, then end them."""
+        whole = set[str].intersection(*(arm.whole for arm in self.arms))
+        for arm in self.arms:
+            _keep(arm.records, whole)
+        if len(whole) < len(self.prompts):
+            self._warm_up()
+        with self._bar(done=len(whole)) as bar:
+            for number, prompt in enumerate(self.prompts):
+                if prompt.prompt_id not in whole:
+                    self._round(number, prompt, bar)
+        for arm in self.arms:
+            self.child.end(arm.job, Status(state="done"))
+
+    def _bar(self, *, done: int) -> "tqdm[NoReturn]":
+        return tqdm(
+            desc=self.child.job.name,
+            total=len(self.prompts) * len(self.arms),
+            initial=done * len(self.arms),
+            position=1,
+            leave=False,
+            disable=not self.child.job.progress,
+        )
+
+    def _round(self, number: int, prompt: Prompt, bar: "tqdm[NoReturn]") -> None:
+        order = interleaved(self.arms, number)
+        for turn in range(len(prompt.turns)):
+            for place, arm in enumerate(order):
+                bar.set_description(
+                    f"{self.child.job.name}: prompt {number + 1}/{len(self.prompts)}, "
+                    f"arm {arm.job.label}"
+                )
+                self.child.announce(arm.job, f"{prompt.prompt_id} turn {turn}")
+                with self.child.charged([arm.job], building=False):
+                    arm.round.append(self._answer(arm, prompt, turn, place))
+            for arm in order:
+                with self.child.charged([arm.job], building=False):
+                    self._compare(arm, prompt)
+        for arm in self.arms:
+            for generation in arm.round:
+                append_line(arm.records, generation)
+            arm.round.clear()
+            bar.update()
+
+    def _answer(self, arm: Arm, prompt: Prompt, turn: int, place: int) -> Generation:
+        tokens = self._encode(prompt, arm.round)
+        answer = Generation(
+            prompt_id=prompt.prompt_id,
+            turn=turn,
+            category=prompt.category,
+            status="too_long",
+            prompt_tokens=len(tokens),
+            arm_order=place,
+        )
+        if not self._fits(tokens):
+            return answer
+        self.timer.start()
+        output = generate(
+            arm.method,
+            tokens,
+            limit=self.task.max_new_tokens,
+            stop=Stopper(self.loader.tokenizer, self.task),
+            seed=seed_of(self.settings.seed, prompt.prompt_id, turn),
+            mark=self.timer.mark,
+        )
+        timing = self.timer.stop()
+        return replace(
+            answer,
+            status="ok",
+            token_ids=output.token_ids,
+            text=cut(output.token_ids, self.loader.tokenizer, self.task).text,
+            stop="stop" if output.stopped else "limit",
+            accepted=output.accepted,
+            drafted=output.drafted,
+            stage_s=timing.stage_s,
+            wall_s=timing.wall_s,
+        )
+
+    def _compare(self, arm: Arm, prompt: Prompt) -> None:
+        """Note where the newest answer leaves vanilla's to the same tokens."""
+        mine, turn = arm.round[-1], arm.round[-1].turn
+        vanilla = self.vanilla(prompt.prompt_id)
+        if len(vanilla) <= turn or "too_long" in (mine.status, vanilla[turn].status):
+            return
+        tokens = self._encode(prompt, arm.round[:-1])
+        if tokens == self._encode(prompt, vanilla[:turn]):
+            gap = divergence(
+                self.loader.target,
+                tokens,
+                mine.token_ids,
+                vanilla[turn].token_ids,
+                rule=self.settings.rule,
+                seed=seed_of(self.settings.seed, prompt.prompt_id, turn),
+            )
+            arm.round[-1] = replace(mine, divergence=gap)
+
+    def _warm_up(self) -> None:
+        """Let every arm decode a little, off the record: allocators, kernels, caches."""
+        tokens = [self._encode(p, []) for p in self.prompts[: self.settings.warmup_prompts]]
+        for arm in self.arms:
+            self.child.announce(arm.job, "warm-up")
+            with self.child.charged([arm.job], building=False):
+                for prompt in filter(self._fits, tokens):
+                    limit = min(self.settings.warmup_tokens, self.task.max_new_tokens)
+                    generate(arm.method, prompt, limit=limit, stop=lambda _: None)
+
+    def _encode(self, prompt: Prompt, answers: Sequence[Generation]) -> list[int]:
+        return encode(self.loader.tokenizer, self.task, prompt, [a.text for a in answers])
+
+    def _fits(self, tokens: list[int]) -> bool:
+        return len(tokens) + self.task.max_new_tokens <= self.context
+
+
+def _whole(records: Path, prompts: list[Prompt]) -> set[str]:
+    """Prompts all of whose turns are recorded."""
+    turns: dict[str, int] = defaultdict(int)
+    for generation in _read(records):
+        turns[generation.prompt_id] += 1
+    return {p.prompt_id for p in prompts if turns[p.prompt_id] == len(p.turns)}
+
+
+def _keep(records: Path, whole: set[str]) -> None:
+    """Drop the records of rounds that are to be run again, and half a line at the end."""
+    if records.exists():
+        write_lines(records, [g for g in _read(records) if g.prompt_id in whole])
+
+
+def _read(records: Path) -> list[Generation]:
+    if not records.exists():
+        return []
+    return [Generation.parse(values) for values in read_lines(records, torn_tail=True)]
+
+
+def _vanilla(folder: str, arms: Sequence[Arm]) -> Callable[[str], Sequence[Generation]]:
+    """Where the baseline's answers to a prompt are: in this round, or in its finished cell."""
+    for arm in arms:
+        if arm.job.folder == folder:
+            return lambda _: arm.round
+    stored = defaultdict(list)
+    for generation in _read(Path(folder, RECORDS)) if folder else []:
+        stored[generation.prompt_id].append(generation)
+    return lambda prompt_id: stored.get(prompt_id, [])
+
+
+def main() -> None:
+    """Run as `python -m bench.cell <block.json>`."""
+    run_child(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""What is looked at before any compute: checkpoints, vocabularies, calibration text, prompts."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.config import Config, Costing
+from bench.task import Prompt, Task, encode
+from methods.checkpoint import Weights, check_transformer, read_config
+
+TOKENIZER = "tokenizer.json"
+
+
+def check_target(folder: Path, context: int | None) -> int:
+    """Check the target's folder, and that a context is within it; give its positions."""
+    shape = check_transformer(folder)
+    if not any(folder.glob("tokenizer*")):
+        raise ValueError(f"{folder} must hold a tokenizer, found none")
+    if context is not None and context > shape.max_positions:
+        raise ValueError(
+            f"context must be within the model's {shape.max_positions} positions, got {context}"
+        )
+    return shape.max_positions
+
+
+def check_contexts(cost: Costing, positions: int) -> None:
+    """Check that every context and the tree after it lie within the model's positions."""
+    if (needed := max(cost.contexts) + max(cost.widths)) > positions:
+        raise ValueError(
+            f"cost.contexts and cost.widths must be within the model's {positions} positions "
+            f"together, got {needed}"
+        )
+
+
+def check_folders(folders: Sequence[Path]) -> None:
+    """Check that draft heads and smaller models are there and whole."""
+    for folder in folders:
+        read_config(folder)
+        Weights(folder)
+
+
+def check_calibration(config: Config, *, drafts: bool) -> bool:
+    """Tell whether a cell's schemes look at activations; then there must be text."""
+    own = config.schemes
+    schemes = [own.target, own.lm_head]
+    if drafts:
+        schemes += [own.draft, *filter(None, [own.draft_lm_head])]
+    asking = [scheme.label for scheme in schemes if scheme.needs_absmax]
+    text = config.model.calibration
+    if asking and (text is None or not text.is_file()):
+        raise ValueError(f"model.calibration must be a file for {asking[0]}, got {text}")
+    return bool(asking)
+
+
+def check_fit(config: Config, folders: Sequence[Path]) -> None:
+    """Check that a method fits the model, token for token, or raise ValueError."""
+    family = config.model.family
+    config.recipe.check(family)
+    for folder in folders:
+        if _vocabulary(folder) not in (None, _vocabulary(family.target)):
+            raise ValueError(f"{folder}: the vocabulary must be that of {family.target}")
+
+
+def check_prompts(task: Task, folder: Path, prompts: Sequence[Prompt], context: int) -> int:
+    """Count prompts that cannot be answered within the context; ValueError where none can.
+
+    folder: of the target, for its tokenizer.
+    """
+    from bench.load import load_tokenizer  # transformers takes seconds, a finished sweep none
+
+    tokenizer = load_tokenizer(folder)
+    lengths = [len(encode(tokenizer, task, prompt, [])) for prompt in prompts]
+    too_long = [n for n in lengths if n + task.max_new_tokens > context]
+    if len(too_long) == len(prompts):
+        raise ValueError(
+            f"task {task.name}: a prompt and its {task.max_new_tokens} new tokens must be within "
+            f"the context of {context}, got {min(too_long)} tokens in the shortest prompt"
+        )
+    return len(too_long)
+
+
+def _vocabulary(folder: Path) -> tuple[object, object] | None:
+    """Tokens and their ids; None for a draft head, which has no tokenizer of its own."""
+    path = folder / TOKENIZER
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        added = [(token["id"], token["content"]) for token in values.get("added_tokens", [])]
+        return values["model"]["vocab"], added
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be a tokenizer: {error!r}") from error

@@ -1,0 +1,76 @@
+"""What a user chose, in words: the labels of a cell and the name of its folder.
+
+Labels come from the chosen files and the explicit overrides, never from values: a changed default
+makes the same folder stale, and a sweep over a parameter gives every value a folder.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from bench.identity import IRRELEVANT, digest
+
+GROUPS = ("model", "quant", "method", "task")
+# Where things lie is no choice between things: what lies there is known by its hash.
+PLACES = (
+    "model.target",
+    "model.heads",
+    "model.small",
+    "model.calibration",
+    "task.path",
+    "task.data_dir",
+)
+MAX_NAME = 200  # bytes of a folder's name; file systems take 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """names: group -> file. overrides: full key -> value, of those that tell cells apart."""
+
+    names: Mapping[str, str]
+    overrides: Mapping[str, str]
+
+    @property
+    def cell(self) -> str:
+        """Name of the cell's folder."""
+        return self._named(GROUPS, self.overrides)
+
+    @property
+    def block(self) -> str:
+        """Name of the block: the cell's less all of its method."""
+        groups = [group for group in GROUPS if group != "method"]
+        return self._named(groups, self.less("method.").overrides)
+
+    def label(self, group: str) -> str:
+        """The choice in a group with what was changed in it, such as `eagle2[depth=3]`."""
+        start = f"{group}."
+        own = sorted((k, v) for k, v in self.overrides.items() if k.startswith(start))
+        inside = ",".join(f"{key.removeprefix(start)}={value}" for key, value in own)
+        return self.names[group] + (f"[{inside}]" if inside else "")
+
+    def less(self, *prefixes: str, **names: str) -> "Choice":
+        """Leave out overrides, and choose other files."""
+        kept = {k: v for k, v in self.overrides.items() if not k.startswith(prefixes)}
+        return Choice(names={**self.names, **names}, overrides=kept)
+
+    def _named(self, groups: Iterable[str], overrides: Mapping[str, str]) -> str:
+        chosen = [self.names[group] for group in groups]
+        changed = sorted(overrides.items())
+        whole = ".".join(chosen + [f"{key}={value}" for key, value in changed])
+        name = re.sub(r"[^\w.=+-]+", "_", whole, flags=re.ASCII)
+        if name == whole and len(name) <= MAX_NAME:
+            return name
+        return f"{name[: MAX_NAME - 9]}~{digest(whole)[:8]}"
+
+
+def choose(names: Mapping[str, str], overrides: Sequence[str]) -> Choice:
+    """Read Hydra's own account of a job: its choices, and its overrides such as `+a.b=3`."""
+    split = (override.lstrip("+~").partition("=") for override in overrides)
+    return Choice(
+        names={group: names[group] for group in GROUPS},
+        overrides={
+            key: value
+            for key, _, value in split
+            if key not in (*GROUPS, *IRRELEVANT, "experiment") and not key.startswith(PLACES)
+        },
+    )

@@ -1,0 +1,245 @@
+"""A resolved configuration as typed objects: settings, model, schemes, method, task.
+
+The same tree of plain values is checked by the parent before any compute, hashed, written to
+config.yaml, and read again by the child that computes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bench.build import PACKAGES, ROOT, as_mapping, build, named_node, typed
+from bench.task import Task
+from methods.recipe import Family, Recipe
+from methods.verify import Greedy, Rule, Sampled
+from quant.scheme import Scheme
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+WEIGHTS = ("lab", "checkpoint")
+# Keys that name a scheme: in the configuration a file of conf/quant, here its content.
+DENSE, LM_HEAD, DRAFT_SCHEME, DRAFT_LM_HEAD = "dense", "lm_head", "draft_scheme", "draft_lm_head"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The keys of conf/run.yaml that are not groups; their meaning is written there."""
+
+    campaign: str
+    results_dir: str
+    device: str
+    dtype: str
+    temperature: float
+    seed: int
+    context: int | None
+    warmup_prompts: int
+    warmup_tokens: int
+    threads: int | None
+    tie_threshold_nats: dict[str, float]
+    baseline: bool
+
+    def __post_init__(self) -> None:
+        place = PurePath(self.campaign)
+        if place.is_absolute() or not place.parts or ".." in place.parts:
+            raise ValueError(f"campaign must be a folder of results_dir, got {self.campaign!r}")
+        check_machine(device=self.device, dtype=self.dtype, threads=self.threads)
+        for name, least in (("temperature", 0), ("warmup_prompts", 0), ("warmup_tokens", 1)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        if self.context is not None and self.context < 1:
+            raise ValueError(f"context must be 1 or more, or null, got {self.context}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the campaign's cells lie."""
+        return Path(self.results_dir).expanduser() / self.campaign
+
+    def tie_threshold(self, scheme: Scheme) -> float:
+        """How near two logits of a target in this scheme are a tie, in nats."""
+        kinds = [self.dtype, *filter(None, [scheme.activation_format])]
+        if missing := [kind for kind in kinds if kind not in self.tie_threshold_nats]:
+            raise ValueError(f"tie_threshold_nats must have {missing[0]}")
+        return max(self.tie_threshold_nats[kind] for kind in kinds)
+
+    @property
+    def rule(self) -> Rule:
+        """Greedy at temperature 0."""
+        return Sampled(temperature=self.temperature) if self.temperature else Greedy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costing:
+    """What the cost door times; the keys of `cost` in conf/cost.yaml."""
+
+    widths: list[int]
+    contexts: list[int]
+    batches: list[int]
+    repeats: int
+    warmup: int
+    catch_up: int
+
+    def __post_init__(self) -> None:
+        for name in ("widths", "contexts", "batches"):
+            values = getattr(self, name)
+            if not values or min(values) < 1 or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be distinct numbers from 1 on, got {values}")
+        for name, least in (("repeats", 2), ("warmup", 0), ("catch_up", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
+        if min(self.contexts) <= self.catch_up:
+            raise ValueError(
+                f"contexts must be above catch_up={self.catch_up}, got {min(self.contexts)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """A family as conf/model has it; relative paths begin at the checkout."""
+
+    target: str
+    heads: dict[str, str]
+    small: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What else conf/model has. weights: lab | checkpoint. calibration: JSONL with `text`."""
+
+    weights: str
+    calibration: str | None
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Where the weights are. calibration: text that schemes may look at activations on."""
+
+    weights: str
+    family: Family
+    calibration: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schemes:
+    """The scheme of every part. draft_lm_head: None leaves it to the method."""
+
+    target: Scheme
+    lm_head: Scheme
+    draft: Scheme
+    draft_lm_head: Scheme | None
+    dense: Scheme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that a cell is made from. cost: of a cell of the cost door."""
+
+    settings: Settings
+    model: Model
+    schemes: Schemes
+    recipe: Recipe
+    task: Task
+    cost: Costing | None
+
+
+def resolve(config: DictConfig) -> dict[str, Any]:
+    """Give a composed configuration as plain values, with the content of every named scheme."""
+    try:
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    tree = as_mapping(tree, "the configuration")
+    tree.pop("experiment", None)
+    for node, key in (("quant", LM_HEAD), ("method", DRAFT_SCHEME), ("method", DRAFT_LM_HEAD)):
+        values = tree[node] = as_mapping(tree.get(node), node)
+        name = values.get(key)
+        if name is not None or key != DRAFT_LM_HEAD:
+            values[key] = named_node("quant", name, key=f"{node}.{key}")
+    return tree
+
+
+def parse(tree: Mapping[str, Any], *, packages: tuple[str, ...] = PACKAGES) -> Config:
+    """Build everything from a resolved tree, or raise ValueError with the key's full name."""
+    groups = ("model", "quant", "method", "task", "cost")
+    settings = {key: value for key, value in tree.items() if key not in groups}
+    method = without(tree["method"], DRAFT_SCHEME, DRAFT_LM_HEAD)
+    return Config(
+        settings=typed(settings, Settings, key=""),
+        model=parse_model(tree["model"]),
+        schemes=parse_schemes(tree["quant"], tree["method"]),
+        recipe=_recipe(method, packages),
+        task=build(tree["task"], Task, key="task"),
+        cost=typed(tree["cost"], Costing, key="cost") if "cost" in tree else None,
+    )
+
+
+def parse_model(node: object) -> Model:
+    """Build a model from its node, every path made absolute."""
+    values = as_mapping(node, "model")
+    own = {f.name for f in fields(Origin)}
+    origin = typed({k: v for k, v in values.items() if k in own}, Origin, key="model")
+    folders = {k: v for k, v in values.items() if k not in own}
+    return Model(
+        weights=origin.weights,
+        family=_family(folders, "model"),
+        calibration=None if origin.calibration is None else _place(origin.calibration),
+    )
+
+
+def parse_schemes(quant: Mapping[str, Any], method: Mapping[str, Any]) -> Schemes:
+    """Build the schemes of the target, and of the drafter; one that is absent is dense."""
+    dense = named_node("quant", DENSE, key="quant")
+    draft_lm_head = method.get(DRAFT_LM_HEAD)
+    return Schemes(
+        target=_scheme(without(quant, LM_HEAD), "quant"),
+        lm_head=_scheme(quant[LM_HEAD], f"quant.{LM_HEAD}"),
+        draft=_scheme(method.get(DRAFT_SCHEME) or dense, f"method.{DRAFT_SCHEME}"),
+        draft_lm_head=draft_lm_head and _scheme(draft_lm_head, f"method.{DRAFT_LM_HEAD}"),
+        dense=_scheme(dense, "quant"),
+    )
+
+
+def check_machine(*, device: str, dtype: str, threads: int | None) -> None:
+    """Check the keys that say where and in what floating-point format to compute."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be 1 or more, or null, got {threads}")
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
+        raise ValueError(f"device must be cpu, cuda or cuda:<index>, got {device!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must exist, got {device!r} of {torch.cuda.device_count()} GPUs")
+
+
+def without(node: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Copy a node less some keys."""
+    return {key: value for key, value in node.items() if key not in keys}
+
+
+def _scheme(node: object, key: str) -> Scheme:
+    return build(node, Scheme, key=key)  # type: ignore[type-abstract]
+
+
+def _recipe(node: object, packages: tuple[str, ...]) -> Recipe:
+    return build(node, Recipe, key="method", packages=packages)  # type: ignore[type-abstract]
+
+
+def _family(node: object, key: str) -> Family:
+    folders = typed(node, Folders, key=key)
+    return Family(
+        target=_place(folders.target),
+        heads={name: _place(path) for name, path in folders.heads.items()},
+        small=None if folders.small is None else _family(folders.small, f"{key}.small"),
+    )
+
+
+def _place(path: str) -> Path:
+    return ROOT / Path(path).expanduser()

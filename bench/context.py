@@ -1,0 +1,140 @@
+"""Where records come from: machine, versions, commit and the state of the checkout."""
+
+import hashlib
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.build import ROOT
+from bench.record import SCHEMA, read_json, write_json
+
+RECORDS = "records.jsonl"
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "hydra-core",
+    "numpy",
+    "triton",
+    "humming-kernels",
+)
+NVIDIA = ("driver_version", "clocks.sm", "clocks.mem", "power.limit", "temperature.gpu")
+
+
+def context(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
+    """Describe this process and its machine. argv: of the command that asked for the work."""
+    return {
+        "schema": SCHEMA,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hostname": socket.gethostname(),
+        "device": _device(device),
+        "cpu": _cpu(),
+        "num_cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        **checkout(ROOT),
+        "argv": list(argv),
+    }
+
+
+def write_context(folder: Path, device: torch.device, argv: Sequence[str]) -> None:
+    """Write a cell's context.json, and note there that its records are gone on with.
+
+    Records of another machine are no part of the cell: they are dropped.
+    """
+    path, records = folder / "context.json", folder / RECORDS
+    now = context(device, argv)
+    if path.exists() and records.exists():
+        before = read_json(path)
+        if same_machine(before, now):
+            now = before | {"resumed": [*before.get("resumed", []), now["started"]]}
+        else:
+            records.unlink()
+    write_json(path, now)
+
+
+def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Tell whether timings of two contexts may stand in one cell."""
+    keys = ("device", "cpu", "threads", "python", "packages")
+    stable = [{key: c.get(key) for key in keys} for c in (one, other)]
+    for values in stable:
+        values["device"] = (values["device"] or {}).get("name")
+    return stable[0] == stable[1]
+
+
+def checkout(root: Path) -> dict[str, Any]:
+    """Commit and state of a checkout; nulls where there is no git or no commit."""
+    top, commit = _git(root, "rev-parse", "--show-toplevel"), _git(root, "rev-parse", "HEAD")
+    if top is None or commit is None or Path(top.strip()) != root.resolve():
+        return {"commit": None, "dirty": None, "diff_sha256": None}  # or of another checkout
+    status, diff = _git(root, "status", "--porcelain"), _git(root, "diff", "HEAD")
+    return {
+        "commit": commit.strip(),
+        "dirty": None if status is None else bool(status.strip()),
+        "diff_sha256": None if diff is None else hashlib.sha256(diff.encode()).hexdigest(),
+    }
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return {"type": device.type, "name": _cpu() if device.type == "cpu" else None}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "type": "cuda",
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+        **_nvidia(str(properties.uuid)),
+    }
+
+
+def _nvidia(uuid: str) -> dict[str, str]:
+    """What the driver says; nothing where nvidia-smi is absent."""
+    queried = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(NVIDIA)}"]
+    said = _output([*queried, "--format=csv,noheader"])
+    if said is None:
+        return {}
+    return dict(zip(NVIDIA, (value.strip() for value in said.split(",")), strict=False))
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    return _output(["git", "-C", str(root), *arguments])
+
+
+def _output(command: Sequence[str]) -> str | None:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, check=True, timeout=30, text=True, errors="replace"
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout

@@ -1,0 +1,116 @@
+"""Child of `specquant cost`: loads a target once and times it and its drafters in turn.
+
+One context at a time, every case of every arm is repeated in one shuffled order. The vanilla arm
+stands for the target itself: what it reads n tokens for.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import chain, cycle, islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from bench.build import PACKAGES
+from bench.child import ArmJob, Child, run_child
+from bench.config import Config, Costing, parse
+from bench.context import context
+from bench.load import Loader
+from bench.measure import Case, draft_case, measure, verify_cases
+from bench.record import Cost, Status, write_json, write_lines
+from bench.task import encode, load
+from methods.decode import Method
+from methods.vanilla import Vanilla
+
+
+def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
+    """Bring every arm of the job to an end, or leave at the first that fails."""
+    jobs = child.job.arms
+    child.announce(None, "loading the target")
+    with child.charged(jobs, building=True):
+        configs = [parse(job.config, packages=packages) for job in jobs]
+        first = configs[0]
+        assert first.cost is not None
+        settings = first.settings
+        loader = Loader(
+            first.model,
+            first.schemes,
+            device=settings.device,
+            dtype=settings.dtype,
+            threads=settings.threads,
+        )
+        tokens = text_tokens(first, loader, max(first.cost.contexts))
+    arms = []
+    for job, config in zip(jobs, configs, strict=True):
+        child.announce(job, "building")
+        with child.charged([job], building=True):
+            write_json(Path(job.folder) / "context.json", context(loader.device, child.job.argv))
+            own = None if isinstance(config.recipe, Vanilla) else loader.method(config)
+            arms.append((job, own))
+    records: dict[str, list[Cost]] = defaultdict(list)
+    for length in tqdm(first.cost.contexts, desc=child.job.name, disable=not child.job.progress):
+        cases = _cases(child, loader, arms, tokens, first.cost, length, settings.seed)
+        child.announce(None, f"timing at context {length}")
+        with child.charged(jobs, building=False):
+            taken = measure(
+                [case for _, case in cases],
+                repeats=first.cost.repeats,
+                warmup=first.cost.warmup,
+                seed=settings.seed,
+                device=loader.device,
+            )
+        for (job, _), record in zip(cases, taken, strict=True):
+            records[job.folder].append(record)
+    for job, _ in arms:
+        write_lines(Path(job.folder) / "records.jsonl", records[job.folder])
+        child.end(job, Status(state="done"))
+
+
+def text_tokens(config: Config, loader: Loader, count: int) -> list[int]:
+    """Take `count` tokens from the task's prompts, over and over where they do not suffice."""
+    prompts = load(config.task)
+    stream = chain.from_iterable(
+        encode(loader.tokenizer, config.task, prompt, []) for prompt in cycle(prompts)
+    )
+    return list(islice(stream, count))
+
+
+def _cases(
+    child: Child,
+    loader: Loader,
+    arms: list[tuple[ArmJob, Method | None]],
+    tokens: list[int],
+    cost: Costing,
+    length: int,
+    seed: int,
+) -> list[tuple[ArmJob, Case]]:
+    """Prepare what every arm times at one context; whatever fails is that arm's result."""
+
+    def prepare(method: Method | None) -> Iterator[Case]:
+        if method is not None:
+            yield draft_case(method, tokens, context=length, catch_up=cost.catch_up)
+            return
+        yield from verify_cases(
+            loader.target,
+            tokens,
+            context=length,
+            widths=cost.widths,
+            batches=cost.batches,
+            seed=seed,
+        )
+
+    cases = []
+    for job, method in arms:
+        child.announce(job, f"warm-up at context {length}")
+        with child.charged([job], building=False):
+            cases += [(job, case) for case in prepare(method)]
+    return cases
+
+
+def main() -> None:
+    """Run as `python -m bench.cost_cell <block.json>`."""
+    run_child(work)
+
+
+if __name__ == "__main__":
+    main()

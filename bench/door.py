@@ -1,0 +1,138 @@
+"""What the doors that compute have in common: Hydra in front, blocks behind.
+
+Hydra composes the cells; all of them are checked before the first one computes. Cells that share
+a target then run together (`bench.block`).
+"""
+
+import os
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+
+from bench.block import Block, is_finished, run_block
+from bench.build import ROOT
+from bench.record import Status
+
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+OK, UNFINISHED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+
+class Plan(Protocol):
+    """Collects the cells of one command."""
+
+    notes: list[str]  # what the user should know and need not act on
+
+    def add(
+        self, config: DictConfig, *, names: Mapping[str, str], overrides: Sequence[str]
+    ) -> None:
+        """Check a cell; ValueError where something is wrong with it."""
+
+    def blocks(self) -> list[Block]:
+        """Group the cells; ValueError where none can run."""
+
+
+def open_door(name: str, make_plan: Callable[[], Plan], *, module: str) -> int:
+    """Run what the command line asks for; give the exit code.
+
+    name: of the yaml in conf/. module: the child that runs a block.
+    """
+    # Hydra would print its errors on several lines and exit; this makes it raise them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    # Hydra finds the flag only where nothing but overrides follows or precedes it.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    plan = make_plan()
+    problems: dict[str, list[str]] = defaultdict(list)
+
+    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)
+    def door(config: DictConfig) -> None:
+        job = HydraConfig.get()
+        if job.mode == RunMode.MULTIRUN and job.launcher._target_ != BASIC_LAUNCHER:
+            _run_at_once(make_plan(), config, module)
+            return
+        try:
+            plan.add(config, names=job.runtime.choices, overrides=job.overrides.task)
+        except ValueError as error:
+            problems[str(error)].append(job.job.override_dirname)
+
+    try:
+        door()
+        if problems:
+            return _refuse(problems)
+        return execute(plan, module=module)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        return _refuse({_one_line(error): []})
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from here\n")
+        return INTERRUPTED
+
+
+def execute(plan: Plan, *, module: str) -> int:
+    """Run planned blocks one after the other; say how every cell ended; give the exit code."""
+    blocks = plan.blocks()
+    for note in plan.notes:
+        sys.stderr.write(f"note: {note}\n")
+    ended: dict[str, str] = {}
+    progress = sys.stderr.isatty() and bool(blocks)
+    cells = sum(len(block.arms) for block in blocks)
+    with tqdm(desc="cells", total=cells, position=0, disable=not progress) as bar:
+        for block in blocks:
+            ended |= _run(block, module, progress=progress)
+            bar.update(len(block.arms))
+    for name, state in ended.items():
+        sys.stdout.write(f"{name}: {state}\n")
+    for campaign in dict.fromkeys(str(block.campaign) for block in blocks):
+        sys.stdout.write(f"results: {campaign}\n")
+    whole = all(state.startswith(("done", "finished")) for state in ended.values())
+    return OK if whole else UNFINISHED
+
+
+def _run(block: Block, module: str, *, progress: bool) -> dict[str, str]:
+    skipped = [arm.name for arm in block.arms if is_finished(arm)]
+    if len(skipped) == len(block.arms):
+        return dict.fromkeys(skipped, "finished, skipped")
+    statuses = run_block(block, module=module, argv=sys.argv, progress=progress)
+    if not progress:
+        states = (f"{arm.cell.method} {statuses[arm.name].state}" for arm in block.arms)
+        sys.stderr.write(f"{block.name}: {', '.join(states)}\n")
+    return {
+        name: "finished, skipped" if name in skipped else _told(status)
+        for name, status in statuses.items()
+    }
+
+
+def _run_at_once(plan: Plan, config: DictConfig, module: str) -> None:
+    """Run one cell in a job of another launcher, where nobody collects them."""
+    job = HydraConfig.get()
+    plan.add(config, names=job.runtime.choices, overrides=job.overrides.task)
+    if execute(plan, module=module) != OK:
+        raise RuntimeError(f"a cell of {job.job.override_dirname} is not done")
+
+
+def _told(status: Status) -> str:
+    return f"{status.state}: {status.reason}" if status.reason else status.state
+
+
+def _refuse(problems: Mapping[str, Sequence[str]]) -> int:
+    for problem, cells in problems.items():
+        where = f" (in {'; '.join(cells)})" if len(cells) > 1 else ""
+        sys.stderr.write(f"error: {problem}{where}\n")
+    return USER_ERROR
+
+
+def _one_line(error: Exception) -> str:
+    """Join what Hydra and OmegaConf say over several lines, less where they looked."""
+    told = f"{error}\n{error.__cause__ or ''}".partition("Config search path")[0]
+    told = re.sub(r"^In '\w+': ", "", told)  # the file whose defaults list has the group
+    lines = dict.fromkeys(line.strip(" .") for line in told.splitlines() if line.strip())
+    shown = "; ".join(line for line in lines if not line.strip().startswith("object_type"))
+    return shown.replace(":; \t", ": ").replace("; \t", ", ").replace("\t", " ")

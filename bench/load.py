@@ -1,0 +1,99 @@
+"""What the arms of a block share, each loaded once: tokenizer, target, smaller models."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+
+from bench.config import Config, Model, Schemes, Settings
+from methods.calibrate import load_calibrated
+from methods.checkpoint import check_transformer
+from methods.decode import Method
+from methods.recipe import Parts
+from methods.transformer import Transformer
+from quant.scheme import Scheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# Classes that are nothing but their tokenizer.json.
+PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+class Loader:
+    """Loads a target at once and smaller models when they are asked for."""
+
+    def __init__(
+        self, model: Model, schemes: Schemes, *, device: str, dtype: str, threads: int | None
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.model = model
+        self.device = torch.device(device)
+        self.tokenizer = load_tokenizer(model.family.target)
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._texts: list[list[int]] | None = None
+        self._loaded: dict[tuple[Path, Scheme, Scheme], Transformer] = {}
+        self.target = self._load(model.family.target, schemes, schemes.target, schemes.lm_head)
+
+    def method(self, config: Config) -> Method:
+        """Join a method's settings to loaded models."""
+        settings, schemes = config.settings, config.schemes
+        return config.recipe.method(
+            Parts(
+                target=self.target,
+                family=self.model.family,
+                rule=settings.rule,
+                context=context_of(settings, self.target),
+                scheme=schemes.draft,
+                lm_head=schemes.draft_lm_head,
+                dense=schemes.dense,
+                load=lambda folder: self._load(
+                    folder, schemes, schemes.draft, schemes.draft_lm_head or schemes.dense
+                ),
+            )
+        )
+
+    def _load(self, folder: Path, schemes: Schemes, scheme: Scheme, lm_head: Scheme) -> Transformer:
+        key = (folder, scheme, lm_head)
+        if key not in self._loaded:
+            self._loaded[key] = load_calibrated(
+                folder,
+                scheme=scheme,
+                dense=schemes.dense,
+                lm_head=lm_head,
+                dtype=self._dtype,
+                device=self.device,
+                texts=self._calibration() if scheme.needs_absmax or lm_head.needs_absmax else [],
+            )
+        return self._loaded[key]
+
+    def _calibration(self) -> list[list[int]]:
+        if self._texts is None and self.model.calibration is not None:
+            lines = self.model.calibration.read_text(encoding="utf-8").splitlines()
+            texts = [json.loads(line)["text"] for line in lines if line.strip()]
+            most = check_transformer(self.model.family.target).max_positions
+            self._texts = [self.tokenizer(text)["input_ids"][:most] for text in texts]
+        return self._texts or []
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Read a checkpoint's tokenizer, or raise ValueError naming the folder."""
+    config = folder / "tokenizer_config.json"
+    try:
+        named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
+        # AutoTokenizer would give the same, after importing every model for a second or two.
+        plain = named in PLAIN and (folder / "tokenizer.json").is_file()
+        kind = transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
+        return kind.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder} must have a tokenizer: {reason}") from error
+
+
+def context_of(settings: Settings, target: Transformer) -> int:
+    """Decided tokens that a generation may hold."""
+    return settings.context or target.shape.max_positions

@@ -1,0 +1,159 @@
+"""What one read of n tokens costs a target, and one proposal its drafter, at a given context.
+
+The same forward, tree and cache as in decoding are timed: what is costed is what is run. Cases of
+one context are repeated in a shuffled order, so that a drift of the machine meets all of them.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from bench.record import Cost
+from bench.timer import Timer
+from methods.decode import Method
+from methods.grow import Head
+from methods.kv import KVCache
+from methods.transformer import Transformer
+from methods.tree import Tree
+from quant.scheme import QuantLinear
+
+STAGE = "case"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One thing to time again and again. record: what is known of it before it is timed."""
+
+    record: Cost
+    run: Callable[[], object]
+
+
+def verify_cases(
+    target: Transformer,
+    tokens: Sequence[int],
+    *,
+    context: int,
+    widths: Sequence[int],
+    batches: Sequence[int],
+    seed: int,
+) -> Iterator[Case]:
+    """Cases of reading a random tree of each width after the first `context` tokens."""
+    for batch in batches:
+        kv = target.cache(context + max(widths), batch=batch)
+        rows = torch.tensor([list(tokens[:context])] * batch, device=target.device)
+        target(rows, torch.arange(context, device=target.device), kv)
+        kv.commit(range(context))
+        for n in widths:
+            tree = random_tree(n, target.shape.vocab_size, seed=seed, device=target.device)
+            yield _verify_case(target, kv, tree, batch)
+
+
+def _verify_case(target: Transformer, kv: KVCache, tree: Tree, batch: int) -> Case:
+    context, n = kv.length, len(tree)
+    rows = tree.tokens.expand(batch, -1)
+    positions = context + tree.depths
+
+    def run() -> Tensor:
+        kv.rewind(context)
+        return target.logits(target(rows, positions, kv, tree.mask).hidden)
+
+    record = Cost(
+        what="verify",
+        n=n,
+        context=context,
+        batch=batch,
+        forwards=1,
+        repeat_s=[],
+        weight_bytes=target.weight_bytes,
+        kv_bytes=kv.bytes_per_token * context,
+        flops=batch * target.flops(n, context),
+    )
+    return Case(record=record, run=run)
+
+
+def draft_case(method: Method, tokens: Sequence[int], *, context: int, catch_up: int) -> Case:
+    """The case of one proposal, in which the drafter first reads `catch_up` decided tokens."""
+    state = method.prefill(list(tokens[:context]))
+    state = replace(state, kept=context - catch_up)
+
+    def run() -> Tree:
+        return method.drafter.propose(state)
+
+    with _counting() as count:
+        tree = run()
+    record = Cost(
+        what="draft",
+        n=len(tree),
+        context=context,
+        batch=1,
+        forwards=count.forwards,
+        repeat_s=[],
+        weight_bytes=count.weight_bytes,
+        kv_bytes=0,
+        flops=count.flops,
+    )
+    return Case(record=record, run=run)
+
+
+def measure(
+    cases: Sequence[Case], *, repeats: int, warmup: int, seed: int, device: torch.device
+) -> list[Cost]:
+    """Time every case `repeats` times, in one shuffled order; give the records, as ordered."""
+    for case in cases:
+        for _ in range(warmup):
+            case.run()
+    order = [i for i in range(len(cases)) for _ in range(repeats)]
+    random.Random(seed).shuffle(order)
+    samples: list[list[float]] = [[] for _ in cases]
+    timer = Timer(device)
+    for i in order:
+        timer.start()
+        cases[i].run()
+        timer.mark(STAGE)
+        samples[i] += timer.stop().stage_s[STAGE]
+    return [
+        replace(case.record, repeat_s=taken) for case, taken in zip(cases, samples, strict=True)
+    ]
+
+
+def random_tree(n: int, vocab_size: int, *, seed: int, device: torch.device) -> Tree:
+    """Make a tree of n nodes, each below an earlier one taken at random."""
+    generator = random.Random(f"{seed} {n}")
+    tokens = [generator.randrange(vocab_size) for _ in range(n)]
+    parents = [-1] + [generator.randrange(i) for i in range(1, n)]
+    return Tree(
+        tokens=torch.tensor(tokens, device=device), parents=torch.tensor(parents, device=device)
+    )
+
+
+@dataclass
+class _Count:
+    """What the models of a drafter did. flops: of linear layers; attention is left out."""
+
+    forwards: int = 0
+    weight_bytes: int = 0
+    flops: int = 0
+
+
+@contextmanager
+def _counting() -> Iterator[_Count]:
+    """Count the forwards of draft models and heads, and what their linear layers read and do."""
+    count = _Count()
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
+        if isinstance(module, Transformer | Head):
+            count.forwards += 1
+        elif isinstance(module, QuantLinear):
+            rows = inputs[0].numel() // module.in_features
+            count.weight_bytes += module.weight_bytes
+            count.flops += 2 * rows * module.in_features * module.out_features
+
+    handle = nn.modules.module.register_module_forward_hook(note)
+    try:
+        yield count
+    finally:
+        handle.remove()

@@ -1,0 +1,203 @@
+"""Resolved configurations -> checked cells -> blocks of cells that share a target.
+
+Everything that can go wrong before compute goes wrong here: wrong keys and types, missing or
+truncated checkpoints, data that is not there, results of another schema. What is well-formed but
+does not fit, such as a model without a smaller one for a method that needs it, is a planned cell
+with a `problem`: a sweep records it and goes on.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig
+
+from bench import check
+from bench.block import Arm, Block, check_schema, is_finished
+from bench.build import PACKAGES, named_node, target_modules
+from bench.choice import Choice, choose
+from bench.config import DRAFT_LM_HEAD, DRAFT_SCHEME, Config, parse, resolve, without
+from bench.identity import IRRELEVANT, WeightHashes, code_hash, config_hash, digest
+from bench.record import Cell
+from bench.task import Prompt, load
+
+COST = "cost"  # node of conf/cost.yaml; a cell that has it is named by it, not by a task
+VANILLA = "vanilla"  # conf/method: what every other method is compared with
+HASHES = ".hashes.json"  # of results_dir
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A checked cell, before anything was hashed.
+
+    tree: its resolved configuration. folders, calibrated: checkpoints and whether text is read.
+    positions: of the model. asked: by the user, not only as a baseline.
+    """
+
+    choice: Choice
+    tree: dict[str, Any]
+    config: Config
+    prompts: list[Prompt]
+    positions: int
+    folders: list[Path]
+    calibrated: bool
+    problem: str
+    asked: bool
+
+    @property
+    def folder(self) -> Path:
+        """Where its records go."""
+        return self.config.settings.folder / self.choice.cell
+
+
+class Planner:
+    """Collects cells, then makes blocks of them. module: the child that will run them."""
+
+    def __init__(self, module: str, *, packages: tuple[str, ...] = PACKAGES) -> None:
+        self.notes: list[str] = []  # what the user should know and need not act on
+        self._module = module
+        self._packages = packages
+        self._cells: dict[Path, Planned] = {}
+        self._known: dict[str, Any] = {}  # what was read or checked once
+
+    def add(
+        self, config: DictConfig, *, names: Mapping[str, str], overrides: Sequence[str]
+    ) -> None:
+        """Check a cell, and its baseline; ValueError where something is wrong with it."""
+        tree = resolve(config)
+        choice = choose({**names, "task": COST} if COST in tree else names, overrides)
+        self._add(self._plan(choice, tree, asked=True))
+        if tree["baseline"] and choice.names["method"] != VANILLA:
+            plain = {**tree, "method": named_node("method", VANILLA, key="method")}
+            self._add(self._plan(choice.less("method.", method=VANILLA), plain, asked=False))
+
+    def blocks(self) -> list[Block]:
+        """Hash what every cell reads, and group the cells; ValueError where none can run."""
+        asked = [cell for cell in self._cells.values() if cell.asked]
+        if asked and all(cell.problem for cell in asked):
+            raise ValueError("; ".join(dict.fromkeys(cell.problem for cell in asked)))
+        grouped: dict[tuple[str, str], list[Planned]] = defaultdict(list)
+        for cell in self._cells.values():
+            shared = digest(without(cell.tree, "method", *IRRELEVANT))
+            grouped[str(cell.config.settings.folder), shared].append(cell)
+        return [self._block(cells) for cells in grouped.values()]
+
+    def _add(self, cell: Planned) -> None:
+        other = self._cells.get(cell.folder)
+        if other is None or (other.tree == cell.tree and cell.asked):
+            self._cells[cell.folder] = cell
+        elif other.tree != cell.tree:
+            raise ValueError(f"two different cells would lie in {cell.folder}: give a campaign")
+
+    def _plan(self, choice: Choice, tree: dict[str, Any], *, asked: bool) -> Planned:
+        config = parse(tree, packages=self._packages)
+        family, campaign = config.model.family, config.settings.folder
+        self._once(f"campaign {campaign}", lambda: check_schema(campaign))
+        context = config.settings.context
+        positions = self._once(
+            f"target {family.target} {context}", lambda: check.check_target(family.target, context)
+        )
+        prompts = self._once(f"task {digest(tree['task'])}", lambda: load(config.task))
+        if config.cost is not None:
+            check.check_contexts(config.cost, positions)
+        folders, problem = [], ""
+        try:
+            folders = config.recipe.folders(family)
+        except ValueError as error:
+            problem = str(error)
+        check.check_folders(folders)
+        if not problem:
+            try:
+                check.check_fit(config, folders)
+            except ValueError as error:
+                problem = str(error)
+        if not folders and not problem:  # nothing drafts, so nothing is drafted in a scheme
+            choice = choice.less(f"method.{DRAFT_SCHEME}", f"method.{DRAFT_LM_HEAD}")
+            tree = {**tree, "method": without(tree["method"], DRAFT_SCHEME, DRAFT_LM_HEAD)}
+        return Planned(
+            choice=choice,
+            tree=tree,
+            config=config,
+            prompts=prompts,
+            positions=positions,
+            folders=[family.target, *folders],
+            calibrated=check.check_calibration(config, drafts=bool(folders)),
+            problem=problem,
+            asked=asked,
+        )
+
+    def _block(self, cells: list[Planned]) -> Block:
+        first = cells[0]
+        plain = first.choice.less("method.", method=VANILLA).cell
+        cells = sorted(cells, key=lambda cell: cell.choice.cell != plain)
+        results_dir = Path(first.config.settings.results_dir).expanduser()
+        hashes = WeightHashes(results_dir / HASHES)
+        arms = tuple(self._arm(cell, hashes) for cell in cells)
+        hashes.save()
+        if first.config.cost is None and not all(is_finished(a) or a.problem for a in arms):
+            self._check_prompts(first)
+        return Block(
+            name=first.choice.block,
+            results_dir=results_dir,
+            campaign=first.config.settings.folder,
+            arms=arms,
+            baseline=plain if arms[0].name == plain else None,
+        )
+
+    def _arm(self, planned: Planned, hashes: WeightHashes) -> Arm:
+        config, choice = planned.config, planned.choice
+        settings, schemes, text = config.settings, config.schemes, config.model.calibration
+        modules = sorted(target_modules(planned.tree))
+        cell = Cell(
+            door="run" if config.cost is None else COST,
+            model=choice.label("model"),
+            weights=config.model.weights,
+            scheme=schemes.target.label,
+            lm_head=schemes.lm_head.label,
+            draft_scheme=_draft_label(planned),
+            method=choice.less(f"method.{DRAFT_SCHEME}", f"method.{DRAFT_LM_HEAD}").label("method"),
+            task=choice.label("task"),
+            device=settings.device,
+            dtype=settings.dtype,
+            temperature=settings.temperature,
+            tie_threshold_nats=settings.tie_threshold(schemes.target),
+            config_hash=config_hash(planned.tree, digest([asdict(p) for p in planned.prompts])),
+            code_hash=self._once(f"code {modules}", lambda: code_hash([self._module, *modules])),
+            weight_hashes=hashes.of(
+                planned.folders, [text] if text is not None and planned.calibrated else []
+            ),
+        )
+        return Arm(folder=planned.folder, cell=cell, config=planned.tree, problem=planned.problem)
+
+    def _check_prompts(self, cell: Planned) -> None:
+        task, prompts = cell.config.task, cell.prompts
+        target = cell.config.model.family.target
+        context = cell.config.settings.context or cell.positions
+        too_long = self._once(
+            f"prompts {digest(cell.tree['task'])} {target} {context}",
+            lambda: check.check_prompts(task, target, prompts, context),
+        )
+        note = (
+            f"task {task.name}: {too_long} of {len(prompts)} prompts are too long for the context "
+            f"of {context}; they are recorded as too_long"
+        )
+        if too_long and note not in self.notes:
+            self.notes.append(note)
+
+    def _once(self, name: str, make: Callable[[], T]) -> T:
+        if name not in self._known:
+            self._known[name] = make()
+        known: T = self._known[name]
+        return known
+
+
+def _draft_label(planned: Planned) -> str:
+    """The drafter's scheme, and that of its own lm_head where there is one."""
+    if DRAFT_SCHEME not in planned.tree["method"]:
+        return ""
+    draft, lm_head = planned.config.schemes.draft, planned.config.schemes.draft_lm_head
+    return draft.label if lm_head is None else f"{draft.label}+lm_head:{lm_head.label}"

@@ -1,0 +1,87 @@
+"""`specquant cost` from the command line's words to records, on a tiny family."""
+
+import pytest
+
+from bench import cost, cost_cell
+from bench.block import read_status
+from bench.child import ArmJob, Child, Job
+from bench.plan import Planner
+from bench.record import Cell, Cost, read_json, read_lines
+from tests.bench.tiny import composed, write_world
+
+WORDS = (
+    "cost.widths=[1,5,9]",
+    "cost.contexts=[20,40]",
+    "cost.repeats=3",
+    "cost.warmup=1",
+    "threads=1",
+)
+NAMES = {"model": "lab", "quant": "w8a8", "method": "vanilla", "task": "lab"}
+
+
+@pytest.fixture(scope="module")
+def planner(tmp_path_factory: pytest.TempPathFactory) -> Planner:
+    world = write_world(tmp_path_factory.mktemp("world"))
+    planner = Planner(cost.CHILD)
+    for method in ("chain", "eagle2"):
+        words = ["quant=w8a8", f"method={method}", *WORDS]
+        config = composed(*world, *words, door="cost")
+        planner.add(config, names=NAMES | {"method": method}, overrides=words)
+    return planner
+
+
+def test_a_block_times_the_target_and_every_drafter(planner: Planner) -> None:
+    (block,) = planner.blocks()
+    assert [arm.cell.method for arm in block.arms] == ["vanilla", "chain", "eagle2"]
+    for arm in block.arms:
+        arm.folder.mkdir(parents=True)
+    jobs = [
+        ArmJob(folder=str(arm.folder), label=arm.cell.method, config=arm.config)
+        for arm in block.arms
+    ]
+    job = Job(name="b", arms=jobs, baseline="", argv=["x"], progress=False)
+    cost_cell.work(Child(job, block.campaign))
+    taken = {
+        arm.cell.method: [Cost.parse(line) for line in read_lines(arm.folder / "records.jsonl")]
+        for arm in block.arms
+    }
+    points = [(c.what, c.n, c.context) for c in taken["vanilla"]]
+    assert points == [("verify", n, context) for context in (20, 40) for n in (1, 5, 9)]
+    assert [(c.what, c.n, c.context) for c in taken["chain"]] == [
+        ("draft", 8, 20),
+        ("draft", 8, 40),
+    ]
+    assert [c.forwards for c in taken["eagle2"]] == [6, 6]
+    assert all(len(c.repeat_s) == 3 for costs in taken.values() for c in costs)
+    for arm in block.arms:
+        status = read_status(arm.folder)
+        assert status is not None
+        assert status.state == "done"
+        assert read_json(arm.folder / "context.json")["device"]["type"] == "cpu"
+
+
+def test_cells_of_the_cost_door_are_named_by_it(planner: Planner) -> None:
+    (block,) = planner.blocks()
+    cells: list[Cell] = [arm.cell for arm in block.arms]
+    assert {(c.door, c.task) for c in cells} == {("cost", "cost")}
+    assert all(".cost." in arm.folder.name for arm in block.arms)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("cost.widths=[]", "cost: widths must be distinct numbers from 1 on, got \\[\\]"),
+        ("cost.widths=[4,4]", "widths must be distinct"),
+        ("cost.contexts=[4]", "contexts must be above catch_up=4, got 4"),
+        ("cost.contexts=[250]", "within the model's 256 positions together, got 259"),
+        ("cost.repeats=1", "repeats must be 2 or more, got 1"),
+        ("cost.repeats=many", "cost.repeats"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, word: str, message: str
+) -> None:
+    world = write_world(tmp_path_factory.mktemp("world"))
+    config = composed(*world, *WORDS, word, door="cost")
+    with pytest.raises(ValueError, match=message):
+        Planner(cost.CHILD).add(config, names=NAMES, overrides=[*WORDS, word])

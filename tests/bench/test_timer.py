@@ -1,0 +1,52 @@
+import time
+
+import pytest
+import torch
+
+from bench.timer import Timer
+
+CPU = torch.device("cpu")
+
+
+def test_every_occurrence_of_a_stage_is_kept_in_order() -> None:
+    timer = Timer(CPU).start()
+    for stage, wait_s in (("draft", 0.0), ("verify", 0.02), ("draft", 0.0), ("verify", 0.04)):
+        time.sleep(wait_s)
+        timer.mark(stage)
+    stage_s = timer.stop().stage_s
+    assert list(stage_s) == ["draft", "verify"]
+    assert len(stage_s["draft"]) == 2
+    assert 0.02 <= stage_s["verify"][0] < stage_s["verify"][1]
+
+
+def test_stages_fill_the_time_between_start_and_last_mark() -> None:
+    timer = Timer(CPU).start()
+    time.sleep(0.01)
+    timer.mark("prefill")
+    time.sleep(0.01)
+    timer.mark("draft")
+    time.sleep(0.05)
+    timing = timer.stop()
+    inside = sum(sum(times) for times in timing.stage_s.values())
+    assert 0.02 <= inside <= timing.wall_s - 0.05
+
+
+def test_a_timer_starts_anew() -> None:
+    timer = Timer(CPU)
+    timer.start().mark("draft")
+    timer.stop()
+    timer.start().mark("verify")
+    assert list(timer.stop().stage_s) == ["verify"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_events_see_work_that_the_host_does_not_wait_for() -> None:
+    device = torch.device("cuda")
+    x = torch.randn(4096, 4096, device=device)
+    timer = Timer(device).start()
+    for _ in range(20):
+        x = x @ x
+    timer.mark("verify")
+    timing = timer.stop()
+    assert timing.stage_s["verify"][0] == pytest.approx(timing.wall_s, rel=0.2)
