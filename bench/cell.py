@@ -65,14 +65,7 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
     with child.charged(jobs, building=True):
         configs = [parse(job.config, packages=packages) for job in jobs]
         first = configs[0]
-        settings = first.settings
-        loader = Loader(
-            first.model,
-            first.schemes,
-            device=settings.device,
-            dtype=settings.dtype,
-            threads=settings.threads,
-        )
+        loader = Loader(first)
         prompts = load(first.task)
     arms = []
     for job, config in zip(jobs, configs, strict=True):

@@ -31,14 +31,8 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
         configs = [parse(job.config, packages=packages) for job in jobs]
         first = configs[0]
         assert first.cost is not None
-        settings = first.settings
-        loader = Loader(
-            first.model,
-            first.schemes,
-            device=settings.device,
-            dtype=settings.dtype,
-            threads=settings.threads,
-        )
+        seed = first.settings.seed
+        loader = Loader(first)
         tokens = text_tokens(first, loader, max(first.cost.contexts))
     arms = []
     for job, config in zip(jobs, configs, strict=True):
@@ -49,14 +43,14 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
             arms.append((job, own))
     records: dict[str, list[Cost]] = defaultdict(list)
     for length in tqdm(first.cost.contexts, desc=child.job.name, disable=not child.job.progress):
-        cases = _cases(child, loader, arms, tokens, first.cost, length, settings.seed)
+        cases = _cases(child, loader, arms, tokens, first.cost, length, seed)
         child.announce(None, f"timing at context {length}")
         with child.charged(jobs, building=False):
             taken = measure(
                 [case for _, case in cases],
                 repeats=first.cost.repeats,
                 warmup=first.cost.warmup,
-                seed=settings.seed,
+                seed=seed,
                 device=loader.device,
             )
         for (job, _), record in zip(cases, taken, strict=True):

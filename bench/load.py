@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 
-from bench.config import Config, Model, Schemes, Settings
+from bench.config import Config, Schemes, Settings
 from methods.calibrate import load_calibrated
 from methods.checkpoint import check_transformer
 from methods.decode import Method
@@ -26,15 +26,15 @@ PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 class Loader:
     """Loads a target at once and smaller models when they are asked for."""
 
-    def __init__(
-        self, model: Model, schemes: Schemes, *, device: str, dtype: str, threads: int | None
-    ) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
+    def __init__(self, config: Config) -> None:
+        """config: of any arm; what it says of its method does not matter here."""
+        model, schemes, settings = config.model, config.schemes, config.settings
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
         self.model = model
-        self.device = torch.device(device)
+        self.device = torch.device(settings.device)
         self.tokenizer = load_tokenizer(model.family.target)
-        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._texts: list[list[int]] | None = None
         self._loaded: dict[tuple[Path, Scheme, Scheme], Transformer] = {}
         self.target = self._load(model.family.target, schemes, schemes.target, schemes.lm_head)

@@ -19,7 +19,7 @@ from methods.checkpoint import (
     read_config,
     read_shape,
 )
-from methods.grow import Head, TreeRecipe
+from methods.grow import Head, TreeRecipe, head_shape
 from methods.kv import KVCache
 from methods.recipe import Family, Parts
 from methods.transformer import Block, Shape, Transformer
@@ -91,13 +91,9 @@ class Eagle2(TreeRecipe):
     def head_vocab(self, family: Family, target: Shape) -> int:
         """Sizes and vocabulary must be the target's."""
         folder = family.head(NAME)
-        config = read_config(folder)
-        shape = read_shape(config)
-        for key in ("vocab_size", "hidden_size"):
-            if (have := getattr(shape, key)) != (want := getattr(target, key)):
-                raise ValueError(f"{folder}: {key} must be the target's {want}, got {have}")
+        shape = head_shape(folder, target)
         expected = head_shapes(shape)
-        if config.get("bias", True):
+        if read_config(folder).get("bias", True):
             expected["fc.bias"] = (shape.hidden_size,)
         Weights(folder).require(expected, ignored=IGNORED)
         return shape.vocab_size

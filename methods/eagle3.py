@@ -20,7 +20,7 @@ from methods.checkpoint import (
     read_config,
     read_shape,
 )
-from methods.grow import Head, TreeRecipe
+from methods.grow import Head, TreeRecipe, head_shape
 from methods.kv import KVCache
 from methods.recipe import Family, Parts
 from methods.transformer import MLP, Attention, RMSNorm, Shape, Transformer
@@ -103,11 +103,7 @@ class Eagle3(TreeRecipe):
     def head_vocab(self, family: Family, target: Shape) -> int:
         """The target's width and vocabulary must be what the head was trained on."""
         folder = family.head(NAME)
-        config = read_config(folder)
-        shape = read_shape(config)
-        for key in ("vocab_size", "hidden_size"):
-            if (have := getattr(shape, key)) != (want := getattr(target, key)):
-                raise ValueError(f"{folder}: {key} must be the target's {want}, got {have}")
+        shape, config = head_shape(folder, target), read_config(folder)
         draft_vocab = _draft_vocab(config, folder)
         Weights(folder).require(head_shapes(shape, draft_vocab), ignored=IGNORED)
         _taps(config, folder, target)
