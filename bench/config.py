@@ -90,9 +90,9 @@ class Costing:
         for name, least in (("repeats", 2), ("warmup", 0), ("catch_up", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
-        if min(self.contexts) <= self.catch_up:
+        if min(self.contexts) <= (walked := self.repeats * self.catch_up):
             raise ValueError(
-                f"contexts must be above catch_up={self.catch_up}, got {min(self.contexts)}"
+                f"contexts must be above repeats x catch_up = {walked}, got {min(self.contexts)}"
             )
 
 

@@ -34,6 +34,7 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
         seed = first.settings.seed
         loader = Loader(first)
         tokens = text_tokens(first, loader, max(first.cost.contexts))
+        plain = Vanilla().method(loader.parts(first))
     arms = []
     for job, config in zip(jobs, configs, strict=True):
         child.announce(job, "building")
@@ -43,7 +44,8 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
             arms.append((job, own))
     records: dict[str, list[Cost]] = defaultdict(list)
     for length in tqdm(first.cost.contexts, desc=child.job.name, disable=not child.job.progress):
-        cases = _cases(child, loader, arms, tokens, first.cost, length, seed)
+        text = _own_text(plain, tokens[:length], own=first.cost.repeats * first.cost.catch_up)
+        cases = _cases(child, loader, arms, text, first.cost, seed)
         child.announce(None, f"timing at context {length}")
         with child.charged(jobs, building=False):
             taken = measure(
@@ -69,25 +71,32 @@ def text_tokens(config: Config, loader: Loader, count: int) -> list[int]:
     return list(islice(stream, count))
 
 
+def _own_text(plain: Method, tokens: list[int], *, own: int) -> list[int]:
+    """Put the target's own choice in place of a text's last `own` tokens, as decoding would."""
+    state = plain.prefill(tokens[: len(tokens) - own])
+    while len(state.tokens) < len(tokens):
+        state = plain.step(state)
+    return state.tokens
+
+
 def _cases(
     child: Child,
     loader: Loader,
     arms: list[tuple[ArmJob, Method | None]],
     tokens: list[int],
     cost: Costing,
-    length: int,
     seed: int,
 ) -> list[tuple[ArmJob, Case]]:
     """Prepare what every arm times at one context; whatever fails is that arm's result."""
 
     def prepare(method: Method | None) -> Iterator[Case]:
         if method is not None:
-            yield draft_case(method, tokens, context=length, catch_up=cost.catch_up)
+            yield draft_case(method, tokens, steps=cost.repeats, stride=cost.catch_up)
             return
         yield from verify_cases(
             loader.target,
             tokens,
-            context=length,
+            context=len(tokens),
             widths=cost.widths,
             batches=cost.batches,
             seed=seed,
@@ -95,7 +104,7 @@ def _cases(
 
     cases = []
     for job, method in arms:
-        child.announce(job, f"warm-up at context {length}")
+        child.announce(job, f"warm-up at context {len(tokens)}")
         with child.charged([job], building=False):
             cases += [(job, case) for case in prepare(method)]
     return cases

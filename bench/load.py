@@ -41,20 +41,22 @@ class Loader:
 
     def method(self, config: Config) -> Method:
         """Join a method's settings to loaded models."""
+        return config.recipe.method(self.parts(config))
+
+    def parts(self, config: Config) -> Parts:
+        """What an arm's method is made from."""
         settings, schemes = config.settings, config.schemes
-        return config.recipe.method(
-            Parts(
-                target=self.target,
-                family=self.model.family,
-                rule=settings.rule,
-                context=context_of(settings, self.target),
-                scheme=schemes.draft,
-                lm_head=schemes.draft_lm_head,
-                dense=schemes.dense,
-                load=lambda folder: self._load(
-                    folder, schemes, schemes.draft, schemes.draft_lm_head or schemes.dense
-                ),
-            )
+        return Parts(
+            target=self.target,
+            family=self.model.family,
+            rule=settings.rule,
+            context=context_of(settings, self.target),
+            scheme=schemes.draft,
+            lm_head=schemes.draft_lm_head,
+            dense=schemes.dense,
+            load=lambda folder: self._load(
+                folder, schemes, schemes.draft, schemes.draft_lm_head or schemes.dense
+            ),
         )
 
     def _load(self, folder: Path, schemes: Schemes, scheme: Scheme, lm_head: Scheme) -> Transformer:

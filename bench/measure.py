@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
@@ -75,26 +76,36 @@ def _verify_case(target: Transformer, kv: KVCache, tree: Tree, batch: int) -> Ca
     return Case(record=record, run=run)
 
 
-def draft_case(method: Method, tokens: Sequence[int], *, context: int, catch_up: int) -> Case:
-    """The case of one proposal, in which the drafter first reads `catch_up` decided tokens."""
-    state = method.prefill(list(tokens[:context]))
-    state = replace(state, kept=context - catch_up)
+def draft_case(method: Method, tokens: list[int], *, steps: int, stride: int) -> Case:
+    """The case of one proposal, walking along the end of a text as decoding would.
+
+    Every run proposes `stride` tokens further on, for `steps` states before it starts over, since
+    what a smaller model's own method does depends on the text. n and forwards are rounded means.
+    """
+    whole = method.prefill(tokens)
+    states = []
+    for behind in range(stride * (steps - 1), -1, -stride):
+        decided = tokens[: len(tokens) - behind]
+        read = whole.features[: len(decided) - 1]
+        kept = len(decided) - stride
+        states.append(replace(whole, tokens=decided, features=read, kept=kept))
+    walk = cycle(states)
 
     def run() -> Tree:
-        return method.drafter.propose(state)
+        return method.drafter.propose(next(walk))
 
     with _counting() as count:
-        tree = run()
+        nodes = sum(len(run()) for _ in states)
     record = Cost(
         what="draft",
-        n=len(tree),
-        context=context,
+        n=round(nodes / steps),
+        context=len(tokens),
         batch=1,
-        forwards=count.forwards,
+        forwards=round(count.forwards / steps),
         repeat_s=[],
-        weight_bytes=count.weight_bytes,
+        weight_bytes=round(count.weight_bytes / steps),
         kv_bytes=0,
-        flops=count.flops,
+        flops=round(count.flops / steps),
     )
     return Case(record=record, run=run)
 

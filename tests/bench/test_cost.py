@@ -72,7 +72,7 @@ def test_cells_of_the_cost_door_are_named_by_it(planner: Planner) -> None:
     [
         ("cost.widths=[]", "cost: widths must be distinct numbers from 1 on, got \\[\\]"),
         ("cost.widths=[4,4]", "widths must be distinct"),
-        ("cost.contexts=[4]", "contexts must be above catch_up=4, got 4"),
+        ("cost.contexts=[12]", "contexts must be above repeats x catch_up = 12, got 12"),
         ("cost.contexts=[250]", "within the model's 256 positions together, got 259"),
         ("cost.repeats=1", "repeats must be 2 or more, got 1"),
         ("cost.repeats=many", "cost.repeats"),

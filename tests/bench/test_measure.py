@@ -54,16 +54,19 @@ def test_a_verification_leaves_the_cache_as_it_was(parts: Parts) -> None:
 def test_a_proposal_counts_the_forwards_of_its_own_models(
     parts: Parts, recipe: Eagle2 | Hierarchical, forwards: int, n: int
 ) -> None:
-    case = draft_case(recipe.method(parts), TOKENS, context=60, catch_up=4)
+    case = draft_case(recipe.method(parts), TOKENS[:60], steps=3, stride=4)
     assert (case.record.forwards, case.record.n) == (forwards, n)
     assert case.record.weight_bytes > 0
 
 
-def test_a_proposal_can_be_repeated(parts: Parts) -> None:
+def test_proposals_walk_along_the_text_and_start_over(parts: Parts) -> None:
     method = Eagle2(depth=4, top_k=3, nodes=12).method(parts)
-    case = draft_case(method, TOKENS, context=60, catch_up=4)
-    first, second = case.run(), case.run()
-    assert torch.equal(first.tokens, second.tokens)  # type: ignore[attr-defined]
+    case = draft_case(method, TOKENS[:60], steps=3, stride=4)
+    trees = [case.run() for _ in range(6)]
+    roots = [int(t.tokens[0]) for t in trees]  # type: ignore[attr-defined]
+    assert roots == [TOKENS[51], TOKENS[55], TOKENS[59]] * 2
+    for first, again in zip(trees[:3], trees[3:], strict=True):
+        assert torch.equal(first.tokens, again.tokens)  # type: ignore[attr-defined]
 
 
 def test_a_random_tree_is_a_tree_of_that_many_nodes() -> None:
