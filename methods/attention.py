@@ -16,8 +16,8 @@ def visible(
     mask: [n, scratch + n] over the scratch slots, or None for reading in order: every earlier
     slot and itself. Returns [n, length + scratch + n] bool, or None where every slot is seen.
     """
-    if n == 1 and mask is None:
-        return None
+    if n == 1 and (mask is None or scratch == 0):
+        return None  # plain decoding must not pay for a mask
     if mask is None:
         return torch.ones(n, length + scratch + n, dtype=torch.bool, device=device).tril(
             length + scratch

@@ -49,6 +49,8 @@ class Tree:
     def mask(self) -> Tensor:
         """[n, n] bool: whether j is i or an ancestor of i."""
         n = len(self)
+        if n == 1:
+            return self.parents[:, None] < 0
         index = torch.arange(n, device=self.tokens.device)
         reach = (index[:, None] == index) | (self.parents[:, None] == index)
         steps = 1  # `reach` spans this many generations; each squaring doubles it

@@ -84,11 +84,13 @@ def accept(tree: Tree, picked: Tensor) -> Accepted:
     picked: [n] int64, the target's own token after each node. The tokens of the path are thereby
     the picked ones, and the bonus is what was picked at its end.
     """
+    if len(tree) == 1:  # plain decoding must not pay for a walk
+        return Accepted(nodes=[0], tokens=picked.tolist())  # sync
     right = tree.tokens == picked[tree.parents]  # the root's own entry is set below
     right[0] = True
     alive = (right | ~tree.mask).all(dim=1)
     last = (alive * (tree.depths + 1)).argmax()
-    path, chosen = torch.stack([tree.mask[last].long(), picked]).tolist()  # sync: the only one
+    path, chosen = torch.stack([tree.mask[last].long(), picked]).tolist()  # sync
     nodes = [i for i, on_path in enumerate(path) if on_path]
     return Accepted(nodes=nodes, tokens=[chosen[i] for i in nodes])
 
