@@ -2,14 +2,15 @@
 
 Every prompt is a round through all arms; the order turns around each round and then rotates
 (A B C, C B A, B C A, A C B, ...), so that a ratio of two arms compares neighbours in time and a
-drift of the machine cancels. A round is written when it is whole; on resume a round that some arm
-lacks is run again by all of them.
+drift of the machine cancels. A round is written when it is whole; on resume a round into whose
+writing a kill fell is run again by all arms.
 """
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -50,6 +51,16 @@ def interleaved(arms: Sequence[T], number: int) -> list[T]:
     shift = number // 2 % len(arms)
     order = [*arms[shift:], *arms[:shift]]
     return order[::-1] if number % 2 else order
+
+
+def torn_round(whole: Sequence[set[str]]) -> set[str]:
+    """The one round that some arms have recorded and others not: a kill fell into its writing.
+
+    More than one such round is an arm that joined late or failed before; what the others have
+    then stands.
+    """
+    uneven = set[str].union(*whole) - set[str].intersection(*whole)
+    return uneven if len(uneven) == 1 else set()
 
 
 def seed_of(seed: int, prompt_id: str, turn: int) -> int:
@@ -95,16 +106,18 @@ class Block:
         self.vanilla = _vanilla(child.job.baseline, arms)
 
     def run(self) -> None:
-        """Run every round that is not whole for all arms, then end them."""
-        whole = set[str].intersection(*(arm.whole for arm in self.arms))
+        """Run what every arm lacks, together where they lack the same, then end them."""
+        torn = torn_round([arm.whole for arm in self.arms])
         for arm in self.arms:
-            _keep(arm.records, whole)
-        if len(whole) < len(self.prompts):
+            arm.whole.difference_update(torn)
+            _keep(arm.records, arm.whole)
+        if any(len(arm.whole) < len(self.prompts) for arm in self.arms):
             self._warm_up()
-        with self._bar(done=len(whole)) as bar:
+        with self._bar(done=sum(len(arm.whole) for arm in self.arms)) as bar:
             for number, prompt in enumerate(self.prompts):
-                if prompt.prompt_id not in whole:
-                    self._round(number, prompt, bar)
+                arms = [arm for arm in self.arms if prompt.prompt_id not in arm.whole]
+                if arms:
+                    self._round(interleaved(arms, number), number, prompt, bar)
         for arm in self.arms:
             self.child.end(arm.job, Status(state="done"))
 
@@ -112,14 +125,13 @@ class Block:
         return tqdm(
             desc=self.child.job.name,
             total=len(self.prompts) * len(self.arms),
-            initial=done * len(self.arms),
+            initial=done,
             position=1,
             leave=False,
             disable=not self.child.job.progress,
         )
 
-    def _round(self, number: int, prompt: Prompt, bar: "tqdm[NoReturn]") -> None:
-        order = interleaved(self.arms, number)
+    def _round(self, order: list[Arm], number: int, prompt: Prompt, bar: "tqdm[NoReturn]") -> None:
         for turn in range(len(prompt.turns)):
             for place, arm in enumerate(order):
                 bar.set_description(
@@ -130,9 +142,10 @@ class Block:
                 with self.child.charged([arm.job], building=False):
                     arm.round.append(self._answer(arm, prompt, turn, place))
             for arm in order:
+                self.child.announce(arm.job, f"{prompt.prompt_id} turn {turn}, beside vanilla")
                 with self.child.charged([arm.job], building=False):
                     self._compare(arm, prompt)
-        for arm in self.arms:
+        for arm in order:
             for generation in arm.round:
                 append_line(arm.records, generation)
             arm.round.clear()
@@ -192,11 +205,12 @@ class Block:
 
     def _warm_up(self) -> None:
         """Let every arm decode a little, off the record: allocators, kernels, caches."""
-        tokens = [self._encode(p, []) for p in self.prompts[: self.settings.warmup_prompts]]
+        fitting = filter(self._fits, (self._encode(p, []) for p in self.prompts))
+        tokens = list(islice(fitting, self.settings.warmup_prompts))
         for arm in self.arms:
             self.child.announce(arm.job, "warm-up")
             with self.child.charged([arm.job], building=False):
-                for prompt in filter(self._fits, tokens):
+                for prompt in tokens:
                     limit = min(self.settings.warmup_tokens, self.task.max_new_tokens)
                     generate(arm.method, prompt, limit=limit, stop=lambda _: None)
 
@@ -229,13 +243,11 @@ def _read(records: Path) -> list[Generation]:
 
 def _vanilla(folder: str, arms: Sequence[Arm]) -> Callable[[str], Sequence[Generation]]:
     """Where the baseline's answers to a prompt are: in this round, or in its finished cell."""
-    for arm in arms:
-        if arm.job.folder == folder:
-            return lambda _: arm.round
     stored = defaultdict(list)
     for generation in _read(Path(folder, RECORDS)) if folder else []:
         stored[generation.prompt_id].append(generation)
-    return lambda prompt_id: stored.get(prompt_id, [])
+    own = next((arm.round for arm in arms if arm.job.folder == folder), [])
+    return lambda prompt_id: own or stored.get(prompt_id, [])
 
 
 def main() -> None:

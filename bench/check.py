@@ -56,6 +56,9 @@ def check_fit(config: Config, folders: Sequence[Path]) -> None:
     """Check that a method fits the model, token for token, or raise ValueError."""
     family = config.model.family
     config.recipe.check(family)
+    asking = [s for s in (config.schemes.draft, config.schemes.draft_lm_head) if s]
+    if any(s.needs_absmax for s in asking) and any(_vocabulary(f) is None for f in folders):
+        raise ValueError("draft heads cannot be calibrated: draft schemes must not need it")
     for folder in folders:
         if _vocabulary(folder) not in (None, _vocabulary(family.target)):
             raise ValueError(f"{folder}: the vocabulary must be that of {family.target}")

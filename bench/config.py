@@ -4,6 +4,7 @@ The same tree of plain values is checked by the parent before any compute, hashe
 config.yaml, and read again by the child that computes.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePath
@@ -210,8 +211,11 @@ def check_machine(*, device: str, dtype: str, threads: int | None) -> None:
     """Check the keys that say where and in what floating-point format to compute."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be 1 or more, or null, got {threads}")
+    cores = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= cores:
+        raise ValueError(
+            f"threads must be 1 to {cores}, the machine's cores, or null, got {threads}"
+        )
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
         raise ValueError(f"device must be cpu, cuda or cuda:<index>, got {device!r}")

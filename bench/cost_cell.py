@@ -106,7 +106,9 @@ def _cases(
     for job, method in arms:
         child.announce(job, f"warm-up at context {len(tokens)}")
         with child.charged([job], building=False):
-            cases += [(job, case) for case in prepare(method)]
+            for case in prepare(method):
+                case.run()  # what fails, fails here, under its own arm
+                cases.append((job, case))
     return cases
 
 

@@ -17,6 +17,11 @@ from bench.record import read_json, write_json
 
 # Where results lie, what is drawn and what a report makes of a gap do not change a record.
 IRRELEVANT = ("campaign", "results_dir", "baseline", "tie_threshold_nats")
+# Where things lie: what lies there is hashed by its content, in so far as a cell reads it.
+PLACES = {
+    "model": ("target", "heads", "small", "calibration"),
+    "task": ("path", "data_dir", "hub", "hub_config", "hub_split"),
+}
 # Sources beside Python's that a kernel may be compiled from.
 KERNEL_SOURCES = (".cu", ".cuh", ".cpp", ".h")
 # What a checkpoint folder is read for: weights, sizes, tokenizer, chat template.
@@ -35,6 +40,9 @@ CHECKPOINT_FILES = (
 def config_hash(config: Mapping[str, Any], prompts: str) -> str:
     """Hash a resolved configuration and the digest of the prompts that it leads to."""
     relevant = {key: value for key, value in config.items() if key not in IRRELEVANT}
+    for node, places in PLACES.items():
+        if isinstance(own := relevant.get(node), Mapping):
+            relevant[node] = {key: value for key, value in own.items() if key not in places}
     return digest({"config": relevant, "prompts": prompts})
 
 
@@ -52,7 +60,7 @@ def code_hash(modules: Iterable[str], *, root: Path = ROOT) -> str:
 
 
 class WeightHashes:
-    """Hashes files by content; remembers them by path, size and time of change."""
+    """Hashes files by content; remembers them by path, size, inode and times of change."""
 
     def __init__(self, memory: Path) -> None:
         """memory: a JSON file that is read now and written by `save`."""
@@ -81,14 +89,14 @@ class WeightHashes:
 
     def _hash(self, path: Path) -> str:
         stat = path.stat()
-        state = [stat.st_size, stat.st_mtime_ns]
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         known = self._known.get(str(path))
-        if not known or known[:2] != state:
+        if not known or known[:-1] != state:
             with path.open("rb") as file:
                 known = [*state, hashlib.file_digest(file, "sha256").hexdigest()]
             self._known[str(path)] = known
             self._changed = True
-        found: str = known[2]
+        found: str = known[-1]
         return found
 
 

@@ -36,18 +36,22 @@ class Agreement:
 
     num_equal: int
     num_ties: int  # they differ, where vanilla's two best logits were nearly equal
-    num_differences: int  # they differ beyond the tie threshold, or by an unknown gap
+    num_differences: int  # they differ beyond the tie threshold
+    num_unknown: int  # they differ, and vanilla was not there when the gap could be measured
 
     @property
     def share(self) -> float:
         """Share of turns whose tokens are vanilla's tokens."""
-        return self.num_equal / (self.num_equal + self.num_ties + self.num_differences)
+        others = self.num_ties + self.num_differences + self.num_unknown
+        return self.num_equal / (self.num_equal + others)
 
     @property
     def verdict(self) -> str:
-        """`exact`, `ties` (every difference is a near-tie) or `DIFFERENT`."""
+        """`exact`, `ties` (every difference is a near-tie), `unknown` or `DIFFERENT`."""
         if self.num_differences:
             return "DIFFERENT"
+        if self.num_unknown:
+            return "unknown"
         return "ties" if self.num_ties else "exact"
 
 
@@ -157,13 +161,32 @@ def agreement(
     """Compare tokens turn by turn; a gap of at most the threshold makes a difference a tie."""
     if not pairs:
         return None
-    equal = ties = 0
+    equal = ties = unknown = 0
     for mine, vanilla in pairs:
         if mine.token_ids == vanilla.token_ids:
             equal += 1
+        elif not _measured(mine, vanilla):
+            unknown += 1
         elif mine.divergence and mine.divergence["gap_nats"] <= tie_threshold_nats:
             ties += 1
-    return Agreement(num_equal=equal, num_ties=ties, num_differences=len(pairs) - equal - ties)
+    return Agreement(
+        num_equal=equal,
+        num_ties=ties,
+        num_differences=len(pairs) - equal - ties - unknown,
+        num_unknown=unknown,
+    )
+
+
+def _measured(mine: Generation, vanilla: Generation) -> bool:
+    """Whether the stored gap is that of the first difference between these two."""
+    gap = mine.divergence
+    if gap is None:
+        return False
+    index = int(gap["index"])
+    if mine.token_ids[:index] != vanilla.token_ids[:index]:
+        return False
+    here = [next(iter(g.token_ids[index : index + 1]), -1) for g in (mine, vanilla)]
+    return here == [gap["token"], gap["vanilla_token"]] and here[0] != here[1]
 
 
 def pair_sums(

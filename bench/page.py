@@ -4,13 +4,13 @@ Everything said here is computed from the rows; an interval that contains 1 is n
 speed-up. Measured cells and synthetic ones (random weights, replayed acceptance) stand apart.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import jinja2
 
+from bench.caveats import provenance, shortened, warnings
 from bench.results import VANILLA, Campaign, CellRow
 from bench.stats import CostRow
 
@@ -21,7 +21,6 @@ EFFECTS = {
     "same": "no measurable difference",
     "unknown": "no interval from a single prompt",
 }
-FEW_PROMPTS = 20  # below this a percentile interval is itself a rough guess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,51 +154,6 @@ def format_table(rows: Sequence[CellRow]) -> str:
     return "\n".join(lines)
 
 
-def warnings(campaign: Campaign, rows: Sequence[CellRow]) -> list[str]:
-    """What a reader must know before the numbers."""
-    said = []
-    if any(c.cell.device.startswith("cpu") for c in campaign.cells):
-        said.append("CPU timings show that the instrument works, not what a GPU would do.")
-    said += [
-        f"Cells differ in {name}: "
-        + ", ".join(f"{_short(v)} ({_count(n, 'cell')})" for v, n in seen.most_common())
-        for name, seen in provenance(campaign).items()
-        if len(seen) > 1 and name != "uncommitted changes"
-    ]
-    if dirty := provenance(campaign)["uncommitted changes"]["yes"]:
-        said.append(f"{_count(dirty, 'cell')} measured on a tree with uncommitted changes.")
-    if few := [r for r in rows if r.status == "done" and r.num_prompts < FEW_PROMPTS]:
-        told = f"{_count(len(few), 'cell')} with fewer than {FEW_PROMPTS} prompts"
-        said.append(f"{told}: their intervals are rough themselves.")
-    places = Counter((r.group, r.target, r.arm) for r in rows)
-    if twice := [r.cell for r in rows if places[r.group, r.target, r.arm] > 1]:
-        said.append(f"Cells of the same labels, the first is in the matrix: {', '.join(twice)}.")
-    if campaign.stray:
-        said.append(f"Folders with results but no cell.json: {', '.join(campaign.stray)}.")
-    return said
-
-
-def provenance(campaign: Campaign) -> dict[str, Counter[str]]:
-    """Count cells per value of each thing that should not differ within a comparison."""
-    seen: dict[str, Counter[str]] = {}
-    for result in campaign.cells:
-        c = result.context
-        packages = ", ".join(f"{k} {v}" for k, v in sorted((c.get("packages") or {}).items()))
-        dirty = {True: "yes", False: "no"}.get(c.get("dirty", "unknown"))
-        values = {
-            "host": c.get("hostname"),
-            "device": result.device_name if c else None,
-            "commit": c.get("commit"),
-            "uncommitted changes": dirty,
-            "diff": (c.get("diff_sha256") or "none") if c else None,
-            "python": c.get("python"),
-            "packages": packages,
-        }
-        for name, value in values.items():
-            seen.setdefault(name, Counter())[str(value or "unknown")] += 1
-    return seen
-
-
 def dates(campaign: Campaign) -> str:
     """First and last start of a cell."""
     started = sorted(str(c.context["started"]) for c in campaign.cells if "started" in c.context)
@@ -229,7 +183,7 @@ def render(
         sections=[s for s in sections if s.rows or s.costs],
         warnings=warnings(campaign, rows),
         provenance={
-            k: [(_short(v), n) for v, n in c.items()] for k, c in provenance(campaign).items()
+            k: [(shortened(v), n) for v, n in c.items()] for k, c in provenance(campaign).items()
         },
         dates=dates(campaign),
         failures=[c for c in campaign.cells if not c.done],
@@ -262,7 +216,9 @@ def _best(target: str, rows: Sequence[CellRow]) -> str:
         return f"on {target} no method is measurably faster than vanilla: {told}"
     best = max(faster, key=lambda r: r.speedup or 0)
     rest = [r for r in arms if r is not best and (r.speedup_high or 0) >= (best.speedup_low or 0)]
-    beside = f", not told apart from {' and '.join(_told(r) for r in rest)}" if rest else ""
+    beside = (
+        f", its interval overlaps those of {' and '.join(_told(r) for r in rest)}" if rest else ""
+    )
     return f"on {target} the best method is {_told(best)}{beside}"
 
 
@@ -286,13 +242,3 @@ def _line(row: CellRow) -> list[str]:
         same,
         row.status,
     ]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + "s" * (number != 1)
-
-
-def _short(value: str) -> str:
-    """Shorten a hash; leave anything else."""
-    hexadecimal = len(value) >= 40 and set(value) <= set("0123456789abcdef")
-    return value[:10] if hexadecimal else value

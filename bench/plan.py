@@ -161,6 +161,7 @@ class Planner:
             draft_scheme=_draft_label(planned),
             method=choice.less(f"method.{DRAFT_SCHEME}", f"method.{DRAFT_LM_HEAD}").label("method"),
             task=choice.label("task"),
+            block=choice.block,
             device=settings.device,
             dtype=settings.dtype,
             temperature=settings.temperature,

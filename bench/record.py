@@ -94,7 +94,8 @@ class Cost(Record):
 class Cell(Record):
     """What a cell is, in the words of the tables, and the hashes that decide whether it is stale.
 
-    door: `run` or `cost`. method is empty for the target's own verification cost.
+    door: `run` or `cost`; vanilla's cost cell is the target's own. block: name of all that a cell
+    shares with its baseline, everything but the method; empty in older records.
     """
 
     door: str
@@ -107,6 +108,7 @@ class Cell(Record):
     task: str
     device: str
     dtype: str
+    block: str = ""
     acceptance: str = "measured"  # measured | replay:<profile>
     temperature: float = 0.0
     tie_threshold_nats: float = 0.0

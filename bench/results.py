@@ -61,7 +61,8 @@ class CellResult:
     @property
     def comparable(self) -> tuple[str, ...]:
         """What a method and its baseline must share for their ratio to mean something."""
-        return (*self.target, self.cell.task, str(self.cell.temperature))
+        c = self.cell
+        return (*self.target, c.task, str(c.temperature), c.block)
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def _beside(
         speedup_request=_speedup(paired, metrics.REQUEST),
         reason=f"{paired.num_unpaired} turns without a vanilla turn" * bool(paired.num_unpaired),
     )
-    if result.tokens_matter and result.cell.temperature == 0:
+    if result.tokens_matter:
         row = _agreeing(row, paired, result.cell.tie_threshold_nats)
     dense = campaign.dense_of(result)
     dense_vanilla = campaign.vanilla_of(dense) if dense else None
@@ -238,12 +238,14 @@ def _beside(
 
 
 def _agreeing(row: CellRow, paired: metrics.Pairing, tie_threshold_nats: float) -> CellRow:
-    """Fill the verdict; sampled tokens differ by chance and replayed ones by a profile."""
+    """Fill the verdict; sampled tokens are drawn with the same noise, so they must agree too."""
     agreed = metrics.agreement(paired.pairs, tie_threshold_nats)
     if agreed is None:
         return row
+    note = f"{agreed.num_unknown} differences found no vanilla to measure their gap: run it again"
     return replace(
         row,
+        reason="; ".join(filter(None, [row.reason, note if agreed.num_unknown else ""])),
         agreement=agreed.share,
         lossless=agreed.verdict,
         num_ties=agreed.num_ties,

@@ -8,8 +8,8 @@ Greedy: the first choice of the target.
 
 Sampled: Gumbel-max sampling, argmax_i (logit_i / T + g_i), with noise g keyed by (seed, position)
 alone. The token is distributed exactly as softmax(logits / T), for every tree, chain and
-hierarchy, because the noise at a position is drawn independently of the tree offered there:
-descending to the child that equals the sampled token is the "naive sampling" verification of
+hierarchy, because what is picked depends on the target's logits and the noise alone, never on the
+tree: descending to the child that equals the sampled token is the "naive sampling" verification of
 SpecInfer (Miao et al. 2024, arXiv 2305.09781, section 4.3), whose acceptance at a node is the
 target's probability of its children, as in EAGLE's rule for distinct children. Keying the noise by
 position makes the drawn text the same for every drafter (drafter-invariant speculation: Daliri,

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,3 +42,36 @@ def test_files_and_functions_fit_a_reader(path: Path) -> None:
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_sources_are_ascii(path: Path) -> None:
     assert path.read_bytes().isascii()
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the checkout that a file names in its imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def targets(group: str) -> set[str]:
+    """Modules that the yamls of a group name, nested ones too."""
+    found = set()
+    for path in (ROOT / "conf" / group).glob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        found |= {t.rpartition(".")[0] for t in re.findall(r"_target_: ([\w.]+)", text)}
+    return found
+
+
+@pytest.mark.parametrize("package", ["bench", "methods"])
+def test_nobody_imports_a_concrete_scheme(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        own = {name for name in imported(path) if name.startswith("quant.")}
+        assert {name for name in own if not name.startswith("quant.scheme")} == set(), path.name
+
+
+@pytest.mark.parametrize("module", sorted(targets("method")))
+def test_drafters_do_not_know_each_other(module: str) -> None:
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    assert imported(path) & (targets("method") - {module}) == set()

@@ -90,7 +90,7 @@ def generation(
         wall_s=(prefill_s + draft_prefill_s + decode_s) * 1.25,
         divergence=None
         if gap_nats is None
-        else {"index": 1, "token": 7, "vanilla_token": 8, "gap_nats": gap_nats},
+        else {"index": 1, "token": tokens[1], "vanilla_token": 2, "gap_nats": gap_nats},
     )
 
 
@@ -169,21 +169,23 @@ def _arm(
         for turn in range(turns):
             limit = 24 + 5 * (i % 7)
             tokens = [(i * 31 + turn * 7 + j) % 64 for j in range(limit)]
-            gap = None
+            gap, was = None, 0
             if cell.method == "chain" and cell.scheme == "w4a16-g128" and i % 9 == 4:
+                was = tokens[5]
                 tokens[5:], gap = [3] * (limit - 5), 0.04 if i < 20 else 0.9
             accepted: list[int] = []
             while sum(accepted) + len(accepted) < limit:
                 accepted.append(min(int(generator.expovariate(1 / max(tau - 0.6, 1e-9))), nodes))
             seconds = 0.02 * limit * SPEED[cell.scheme] / gain * generator.uniform(0.7, 1.4)
-            record = generation(
-                f"{cell.task}/{i}", tokens, seconds, turn=turn, accepted=accepted, gap_nats=gap
-            )
+            record = generation(f"{cell.task}/{i}", tokens, seconds, turn=turn, accepted=accepted)
             drafts = [nodes] * len(accepted)
             stage_s = {**record.stage_s, "draft_prefill": [0.01 if nodes else 0.0]}
             if not nodes:
                 stage_s = {**stage_s, "verify": [seconds], "draft": [], "commit": []}
             category = ("maths", "writing", "code")[i % 3]
+            if gap is not None:
+                difference = {"index": 5, "token": 3, "vanilla_token": was, "gap_nats": gap}
+                record = replace(record, divergence=difference)
             records.append(replace(record, drafted=drafts, stage_s=stage_s, category=category))
     records.append(
         Generation(

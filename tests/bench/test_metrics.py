@@ -121,7 +121,7 @@ def test_repeats_are_paired_in_their_order() -> None:
 
 @pytest.mark.parametrize(
     ("gap_nats", "verdict", "counts"),
-    [(0.15, "ties", (1, 1, 0)), (0.16, "DIFFERENT", (1, 0, 1)), (None, "DIFFERENT", (1, 0, 1))],
+    [(0.15, "ties", (1, 1, 0)), (0.16, "DIFFERENT", (1, 0, 1)), (None, "unknown", (1, 0, 0))],
 )
 def test_verdict_at_the_tie_threshold(
     gap_nats: float | None, verdict: str, counts: tuple[int, int, int]
@@ -171,3 +171,11 @@ def test_draft_cost_comes_from_the_nearest_tree_size() -> None:
 
 def test_bytes_per_second_divides_what_was_read_by_the_median() -> None:
     assert metrics.bytes_per_second(cost("draft", 4, 0.5)) == pytest.approx(200)
+
+
+def test_a_gap_measured_between_other_tokens_is_unknown() -> None:
+    vanilla = generation("a", [1, 5], 1.0)
+    mine = generation("a", [1, 7], 1.0, gap_nats=0.1)  # between 7 and another vanilla's 2
+    agreed = metrics.agreement([(mine, vanilla)], 0.15)
+    assert agreed is not None
+    assert (agreed.num_ties, agreed.num_unknown, agreed.verdict) == (0, 1, "unknown")

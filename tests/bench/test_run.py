@@ -10,7 +10,7 @@ import pytest
 
 from bench import cell, run
 from bench.block import read_status
-from bench.cell import interleaved, seed_of
+from bench.cell import interleaved, seed_of, torn_round
 from bench.child import ArmJob, Child, Job
 from bench.plan import Planner
 from bench.record import read_json, write_json, write_lines
@@ -138,6 +138,12 @@ def test_methods_give_vanillas_tokens(swept: tuple[list[str], int]) -> None:
         assert answers(folder / f"lab.dense.{method}.{END}") == vanilla
 
 
+def test_only_a_single_uneven_round_is_torn() -> None:
+    assert torn_round([{"a", "b"}, {"a"}]) == {"b"}
+    assert torn_round([{"a", "b", "c"}, {"a"}]) == set()  # joined late, or failed before
+    assert torn_round([{"a"}, {"a"}]) == set()
+
+
 def test_a_record_holds_what_happened(swept: tuple[list[str], int]) -> None:
     found = generations(results(swept[0]) / f"lab.dense.eagle2.{END}")
     assert [g.prompt_tokens for g in found] == list(LENGTHS)
@@ -218,14 +224,25 @@ def test_a_round_that_some_arm_lacks_is_run_again_by_all(tmp_path: Path) -> None
     # as a kill leaves it: the last round is there for one arm, and half a line for the other
     with (vanilla / "records.jsonl").open("a", encoding="utf-8") as file:
         lines = (eagle2 / "records.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        (eagle2 / "records.jsonl").write_text("".join(lines[:2]) + lines[2][:50], encoding="utf-8")
+        (eagle2 / "records.jsonl").write_text("".join(lines[:3]) + lines[3][:50], encoding="utf-8")
         assert file.tell()
     work(world, "vanilla", "eagle2")
     for folder, before in whole.items():
         after = generations(folder)
-        assert after[:2] == before[:2]
-        assert [g.wall_s for g in after[2:]] != [g.wall_s for g in before[2:]]
+        assert after[:3] == before[:3]
+        assert [g.wall_s for g in after[3:]] != [g.wall_s for g in before[3:]]
         assert [g.token_ids for g in after] == [g.token_ids for g in before]
+
+
+def test_an_arm_that_lags_by_several_rounds_costs_the_others_none(tmp_path: Path) -> None:
+    world = write_world(tmp_path)
+    vanilla, eagle2 = work(world, "vanilla", "eagle2")
+    before = {folder: generations(folder) for folder in (vanilla, eagle2)}
+    lines = (eagle2 / "records.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (eagle2 / "records.jsonl").write_text(lines[0], encoding="utf-8")  # it failed at the second
+    work(world, "vanilla", "eagle2")
+    assert generations(vanilla) == before[vanilla]
+    assert answers(eagle2) == {(g.prompt_id, g.turn): g.token_ids for g in before[eagle2]}
 
 
 def test_records_of_another_machine_are_made_again(tmp_path: Path) -> None:

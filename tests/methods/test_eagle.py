@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from methods.decode import Drafter, Method, State
+from methods.decode import Drafter, Method, Output, State, generate
 from methods.eagle2 import Eagle2
 from methods.eagle3 import Eagle3
 from methods.grow import TreeRecipe, prune
 from methods.hierarchical import Hierarchical, HierarchicalDrafter
-from methods.recipe import Family, Parts
+from methods.recipe import Family, Parts, Recipe
 from methods.transformer import Transformer
 from methods.tree import Tree
+from methods.vanilla import Vanilla
 from tests.family import VOCAB, llama_config, write_eagle2, write_eagle3, write_llama
 from tests.methods.eagle_oracle import Oracle
 from tests.methods.parts import make_parts
@@ -201,3 +202,31 @@ def test_a_smaller_model_of_another_vocabulary_is_refused(tmp_path: Path, family
     recipe = Hierarchical(min_draft=2, inner=RECIPES[0])
     with pytest.raises(ValueError, match="vocab_size must be the target's 96, got 100"):
         recipe.check(Family(target=family.target, small=Family(target=alien)))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [*RECIPES[:2], Hierarchical(min_draft=4, inner=RECIPES[0])],
+    ids=["eagle2", "eagle3", "hierarchical"],
+)
+def test_a_prompt_of_many_chunks_reads_as_one_of_a_single_chunk(
+    family: Family, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = [3 + (7 * i) % 90 for i in range(40)]
+
+    def run() -> Output:
+        method = recipe.method(make_parts(family))
+        return generate(method, prompt, limit=20, stop=lambda new: None)
+
+    whole = run()
+    monkeypatch.setattr("methods.decode.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("methods.grow.PREFILL_CHUNK", 5)
+    assert run() == whole
+
+
+def test_drafts_fit_where_prompt_and_limit_fill_the_context(family: Family) -> None:
+    recipe = Hierarchical(min_draft=30, inner=RECIPES[0])
+    plain = Vanilla().method(make_parts(family, context=27))
+    expected = generate(plain, PROMPT, limit=20, stop=lambda new: None).token_ids
+    method = recipe.method(make_parts(family, context=27))
+    assert generate(method, PROMPT, limit=20, stop=lambda new: None).token_ids == expected

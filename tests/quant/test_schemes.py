@@ -54,6 +54,7 @@ ERRORS = {
     "w8a8": 0.015,
     "w8a8_smooth": 0.015,
 }
+WORST = 0.2  # of a scheme that is not listed: whoever adds one may add its own figures above
 INTEGER = [y for y in YAMLS if y.stem.startswith(("w8a8", "w4a8"))]
 
 by_yaml = pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
@@ -82,8 +83,10 @@ def x() -> Tensor:
     return torch.randn(7, K, generator=torch.Generator().manual_seed(2))
 
 
-def test_every_yaml_is_known_here() -> None:
-    assert [y.stem for y in YAMLS] == sorted(LABELS) == sorted(BYTES) == sorted(ERRORS)
+def test_labels_tell_formats_apart() -> None:
+    labels = {y.stem: build(y).label for y in YAMLS}
+    assert len(set(labels.values())) == len(YAMLS)
+    assert LABELS.items() <= labels.items()
 
 
 @by_yaml
@@ -94,17 +97,13 @@ def test_yaml_says_what_it_is_and_how_to_run_it(path: Path) -> None:
 
 
 @by_yaml
-def test_label(path: Path) -> None:
-    assert build(path).label == LABELS[path.stem]
-
-
-@by_yaml
 def test_weight_bytes_count_every_stored_tensor(path: Path, weight: Tensor) -> None:
     scheme = build(path)
     stored = packed(scheme, weight)
-    assert scheme.layer(stored).weight_bytes == BYTES[path.stem]
+    expected = BYTES.get(path.stem, sum(t.nbytes for t in stored.values()))
+    assert scheme.layer(stored).weight_bytes == expected
     wide = {name: torch.cat([t, t])[: len(t)] for name, t in stored.items()}
-    assert scheme.layer(wide).weight_bytes == BYTES[path.stem]
+    assert scheme.layer(wide).weight_bytes == expected
 
 
 @by_yaml
@@ -119,7 +118,9 @@ def test_product_is_near_the_dense_one(
     expected = x.double() @ weight.double().t()
     rounding = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3}.get(dtype, 1e-2)
     assert y.dtype == dtype
-    assert (y.double() - expected).norm() <= (ERRORS[path.stem] + rounding) * expected.norm()
+    assert (y.double() - expected).norm() <= (
+        ERRORS.get(path.stem, WORST) + rounding
+    ) * expected.norm()
 
 
 @by_yaml
@@ -130,7 +131,7 @@ def test_dequantized_weight_gives_the_layers_product(path: Path, weight: Tensor,
     assert (given.dtype, given.shape) == (torch.float32, (N, K))
     # What is left between the two is the rounding of activations, where a format rounds them.
     y, expected = layer(x.double()), x.double() @ given.double().t()
-    limit = 0.03 if path.stem == "fp8" else 0.01 if path in INTEGER else 1e-12
+    limit = {"fp8": 0.03, "int8": 0.01}.get(scheme.activation_format, 1e-12)
     assert (y - expected).norm() <= limit * expected.norm()
 
 
