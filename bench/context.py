@@ -45,7 +45,7 @@ def context(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         **checkout(ROOT),
-        "argv": list(argv),
+        "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],
     }
 
 
