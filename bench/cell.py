@@ -19,10 +19,10 @@ from tqdm import tqdm
 from bench.build import PACKAGES
 from bench.child import ArmJob, Child, run_child
 from bench.config import Config, parse
-from bench.context import RECORDS, write_context
+from bench.context import write_context
 from bench.load import Loader, context_of
 from bench.lossless import divergence
-from bench.record import Generation, Status, append_line, read_lines, write_lines
+from bench.record import RECORDS, Generation, Status, append_line, read_lines, write_lines
 from bench.task import Prompt, Stopper, cut, encode, load
 from bench.timer import Timer
 from methods.decode import Method, generate

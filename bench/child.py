@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.record import Status, read_json, write_json
+from bench.record import STATUS, Status, read_json, write_json
 
 AGAIN = 75  # exit code: an arm has ended badly, start a fresh process for the rest
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
@@ -57,7 +57,7 @@ class Child:
 
     def end(self, arm: ArmJob, status: Status) -> None:
         """Record how an arm ended."""
-        write_json(Path(arm.folder) / "status.json", status)
+        write_json(Path(arm.folder) / STATUS, status)
 
     @contextmanager
     def charged(self, arms: Sequence[ArmJob], *, building: bool) -> Iterator[None]:

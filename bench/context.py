@@ -14,9 +14,7 @@ from typing import Any
 import torch
 
 from bench.build import ROOT
-from bench.record import SCHEMA, read_json, write_json
-
-RECORDS = "records.jsonl"
+from bench.record import CONTEXT, RECORDS, SCHEMA, read_json, write_json
 
 PACKAGES = (
     "torch",
@@ -54,7 +52,7 @@ def write_context(folder: Path, device: torch.device, argv: Sequence[str]) -> No
 
     Records of another machine are no part of the cell: they are dropped.
     """
-    path, records = folder / "context.json", folder / RECORDS
+    path, records = folder / CONTEXT, folder / RECORDS
     now = context(device, argv)
     if path.exists() and records.exists():
         before = read_json(path)

@@ -17,7 +17,7 @@ from bench.config import Config, Costing, parse
 from bench.context import context
 from bench.load import Loader
 from bench.measure import Case, draft_case, measure, verify_cases
-from bench.record import Cost, Status, write_json, write_lines
+from bench.record import CONTEXT, RECORDS, Cost, Status, write_json, write_lines
 from bench.task import encode, load
 from methods.decode import Method
 from methods.vanilla import Vanilla
@@ -39,7 +39,7 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
     for job, config in zip(jobs, configs, strict=True):
         child.announce(job, "building")
         with child.charged([job], building=True):
-            write_json(Path(job.folder) / "context.json", context(loader.device, child.job.argv))
+            write_json(Path(job.folder) / CONTEXT, context(loader.device, child.job.argv))
             own = None if isinstance(config.recipe, Vanilla) else loader.method(config)
             arms.append((job, own))
     records: dict[str, list[Cost]] = defaultdict(list)
@@ -58,7 +58,7 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
         for (job, _), record in zip(cases, taken, strict=True):
             records[job.folder].append(record)
     for job, _ in arms:
-        write_lines(Path(job.folder) / "records.jsonl", records[job.folder])
+        write_lines(Path(job.folder) / RECORDS, records[job.folder])
         child.end(job, Status(state="done"))
 
 

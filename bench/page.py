@@ -11,7 +11,8 @@ from pathlib import Path
 import jinja2
 
 from bench.caveats import provenance, shortened, warnings
-from bench.results import VANILLA, Campaign, CellRow
+from bench.record import VANILLA
+from bench.results import Campaign, CellRow
 from bench.stats import CostRow
 
 TEMPLATES = Path(__file__).parent / "templates"

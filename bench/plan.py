@@ -20,11 +20,10 @@ from bench.build import PACKAGES, named_node, target_modules
 from bench.choice import Choice, choose
 from bench.config import DRAFT_LM_HEAD, DRAFT_SCHEME, Config, parse, resolve, without
 from bench.identity import IRRELEVANT, WeightHashes, code_hash, config_hash, digest
-from bench.record import Cell
+from bench.record import VANILLA, Cell
 from bench.task import Prompt, load
 
 COST = "cost"  # node of conf/cost.yaml; a cell that has it is named by it, not by a task
-VANILLA = "vanilla"  # conf/method: what every other method is compared with
 HASHES = ".hashes.json"  # of results_dir
 
 T = TypeVar("T")

@@ -20,7 +20,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from bench.results import VANILLA, CellRow, is_dense
+from bench.record import VANILLA
+from bench.results import CellRow, is_dense
 from bench.stats import CostRow
 
 PALETTE = ("#1F7FBF", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")

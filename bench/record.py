@@ -19,6 +19,12 @@ from typing import Any, Self
 
 SCHEMA = 1
 
+# The files of a cell's folder.
+CONFIG, CELL, CONTEXT = "config.yaml", "cell.json", "context.json"
+RECORDS, STATUS = "records.jsonl", "status.json"
+
+VANILLA = "vanilla"  # the method that every other is compared with
+
 # Stages of a generation, in the order in which they happen. `draft_prefill` is the drafter's own
 # reading of the prompt; it is charged to the method. `stop` is the task's look at the text, the
 # same for all; it is charged to none.

@@ -17,12 +17,12 @@ import hydra
 from omegaconf import DictConfig
 
 from bench import metrics, page, plot, stats
+from bench.build import ROOT
 from bench.page import Figure, Section
 from bench.record import STAGES, Cost
 from bench.results import REPORT, Campaign, CellResult, CellRow, load
 from bench.stats import Bootstrap, CostRow
 
-ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, object]  # column -> value
 
 FORMATS = ("csv", "svg", "md", "html")

@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bench.record import SCHEMA, Cell, Cost, Generation, Record, Status, read_json, read_lines
+from bench import record as files
+from bench.record import VANILLA, Cell, Cost, Generation, Record, Status, read_json, read_lines
 
 UNFINISHED = "unfinished"
-VANILLA = "vanilla"
 REPORT = "report"  # the folder of a campaign that a report is written to
 
 R = TypeVar("R", bound=Record)
@@ -202,12 +202,12 @@ def load(folder: Path) -> Campaign:
     if not folder.is_dir():
         raise ValueError(f"a campaign must be a folder, got {folder}")
     inside = [d for d in sorted(folder.rglob("*")) if d.is_dir() and not _is_report(d, folder)]
-    cells = [_read_cell(d, folder) for d in inside if (d / "cell.json").exists()]
+    cells = [_read_cell(d, folder) for d in inside if (d / files.CELL).exists()]
     stray = [
         str(d.relative_to(folder))
         for d in inside
-        if not (d / "cell.json").exists()
-        and any((d / name).exists() for name in ("status.json", "records.jsonl", "config.yaml"))
+        if not (d / files.CELL).exists()
+        and any((d / name).exists() for name in (files.STATUS, files.RECORDS, files.CONFIG))
     ]
     if not cells:
         seen = f" (folders without cell.json: {', '.join(stray)})" if stray else ""
@@ -226,14 +226,14 @@ def is_dense(scheme: str) -> bool:
 
 
 def _read_cell(folder: Path, root: Path) -> CellResult:
-    cell = _parse(Cell, folder / "cell.json")
+    cell = _parse(Cell, folder / files.CELL)
     if cell.door not in ("run", "cost"):
-        raise ValueError(f"{folder / 'cell.json'}: door must be run or cost, got {cell.door!r}")
-    ended = (folder / "status.json").exists()
-    status = _parse(Status, folder / "status.json") if ended else Status(state=UNFINISHED)
+        raise ValueError(f"{folder / files.CELL}: door must be run or cost, got {cell.door!r}")
+    ended = (folder / files.STATUS).exists()
+    status = _parse(Status, folder / files.STATUS) if ended else Status(state=UNFINISHED)
     # A killed writer leaves half a line; a cell that says it is done has no excuse for one.
     torn = status.state != "done"
-    records = folder / "records.jsonl"
+    records = folder / files.RECORDS
     generations, costs = [], []
     if records.exists() and cell.door == "run":
         generations = list(_parse_lines(Generation, records, torn_tail=torn))
@@ -243,7 +243,7 @@ def _read_cell(folder: Path, root: Path) -> CellResult:
         name=str(folder.relative_to(root)),
         cell=cell,
         status=status,
-        context=_read_context(folder / "context.json"),
+        context=_read_context(folder / files.CONTEXT),
         generations=generations,
         costs=costs,
     )
@@ -271,8 +271,8 @@ def _read_context(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     context = read_json(path)
-    if context.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema must be {SCHEMA}, got {context.get('schema')!r}")
+    if context.get("schema") != files.SCHEMA:
+        raise ValueError(f"{path}: schema must be {files.SCHEMA}, got {context.get('schema')!r}")
     return context
 
 

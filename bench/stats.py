@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import metrics
-from bench.record import Generation
-from bench.results import VANILLA, Campaign, CellResult, CellRow, is_dense
+from bench.record import VANILLA, Generation
+from bench.results import Campaign, CellResult, CellRow, is_dense
 
 Floats = NDArray[np.float64]
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 
 from jinja2.exceptions import TemplateError
 
+from bench.build import ROOT
 from bench.source import Row, read_file, read_hub, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ROOT = Path(__file__).resolve().parents[1]  # of the checkout
 FORMS = ("plain", "chat")
 PROTOCOLS = ("corrected", "paper_faithful")
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import pytest
 from omegaconf import OmegaConf
 
-from bench.task import ROOT, Task
+from bench.build import ROOT
+from bench.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
