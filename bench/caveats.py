@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from bench.results import Campaign, CellRow
+from bench.results import Campaign
+from bench.rows import CellRow
 
 FEW_PROMPTS = 20  # below this a percentile interval is itself a rough guess
 

@@ -215,6 +215,18 @@ def step_sums(generations: Iterable[Generation]) -> dict[str, list[float]]:
     return dict(sums)
 
 
+def pair_steps(pairs: Iterable[tuple[Generation, Generation]]) -> dict[str, list[float]]:
+    """Per prompt id: tokens before the cut and steps of the one, and of the other."""
+    both = list(pairs)
+    ours, theirs = step_sums(a for a, _ in both), step_sums(b for _, b in both)
+    return {prompt: [*ours[prompt], *theirs[prompt]] for prompt in ours}
+
+
+def num_scored(generations: Iterable[Generation]) -> int:
+    """Answers that a scorer called right or wrong."""
+    return sum(g.correct is not None for g in generations)
+
+
 def predicted_speedup(
     *, acceptance_length: float, draft_ratio: float, verify_ratio: float
 ) -> float:

@@ -1,19 +1,19 @@
-"""What a person reads: the page, its Markdown, and the table a terminal shows.
+"""What a person reads: the page and its Markdown.
 
 Everything said here is computed from the rows; an interval that contains 1 is never called a
 speed-up. Measured cells and synthetic ones (random weights, replayed acceptance) stand apart.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import jinja2
 
 from bench.caveats import provenance, shortened, warnings
 from bench.record import VANILLA
-from bench.results import Campaign, CellRow
-from bench.stats import CostRow
+from bench.results import Campaign
+from bench.rows import CategoryRow, CellRow, CostRow, QualityRow
 
 TEMPLATES = Path(__file__).parent / "templates"
 EFFECTS = {
@@ -45,13 +45,18 @@ class Section:
     note: str  # label of every synthetic row; empty for measured ones
     rows: list[CellRow]
     costs: list[CostRow]
+    qualities: list[QualityRow]
+    categories: list[CategoryRow]
     figures: list[Figure]
 
     @property
     def groups(self) -> list["Group"]:
         """Give one matrix per model, task and device."""
         keys = dict.fromkeys(r.group for r in self.rows)
-        return [Group(rows=[r for r in self.rows if r.group == key]) for key in keys]
+        parts = [[r for r in self.rows if r.group == key] for key in keys]
+        return [
+            Group(rows=part, qualities=self.qualities, categories=self.categories) for part in parts
+        ]
 
     def figure(self, name: str) -> Figure:
         """Give a figure by its name, such as `speedup`."""
@@ -70,12 +75,27 @@ class Section:
         """Cells on quantised weights whose dense counterpart was measured."""
         return [r for r in self.rows if r.compatibility is not None]
 
+    @property
+    def acceptances(self) -> list[CellRow]:
+        """Cells on quantised weights whose tau can be held against dense's."""
+        return [r for r in self.rows if r.acceptance_change is not None]
+
+    @property
+    def accuracies(self) -> list[CellRow]:
+        """Cells whose answers were scored."""
+        return [r for r in self.rows if r.accuracy is not None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Cells that differ in scheme and method only: one matrix."""
+    """Cells that differ in scheme and method only: one matrix.
+
+    qualities, categories: of the whole section, from which a matrix takes its own.
+    """
 
     rows: list[CellRow]
+    qualities: list[QualityRow] = field(default_factory=list)
+    categories: list[CategoryRow] = field(default_factory=list)
 
     @property
     def title(self) -> str:
@@ -103,6 +123,38 @@ class Group:
     def at(self, target: str, arm: str) -> CellRow | None:
         """Give the cell of a row and column."""
         return next((r for r in self.rows if (r.target, r.arm) == (target, arm)), None)
+
+    @property
+    def prices(self) -> list[QualityRow]:
+        """What the matrix's targets cost in quality; on whatever device, in the same dtype."""
+        first = self.rows[0]
+        same = (first.model, first.weights, first.dtype)
+        return [
+            r
+            for r in self.qualities
+            if r.perplexity is not None and (r.model, r.weights, r.dtype) == same
+        ]
+
+    @property
+    def texts(self) -> list[str]:
+        """Texts that the targets' perplexity was measured on."""
+        return list(dict.fromkeys(r.task for r in self.prices))
+
+    def price(self, target: str, text: str) -> QualityRow | None:
+        """Give what a row of the matrix costs on a text."""
+        return next((r for r in self.prices if (r.target, r.task) == (target, text)), None)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Categories of the prompts, where there is more than one."""
+        own = {r.cell for r in self.rows}
+        names = dict.fromkeys(r.category for r in self.categories if r.cell in own)
+        return list(names) if len(names) > 1 else []
+
+    def part(self, row: CellRow, category: str) -> CategoryRow | None:
+        """Give one category of a cell."""
+        found = (r for r in self.categories if (r.cell, r.category) == (row.cell, category))
+        return next(found, None)
 
     def verdict(self, target: str) -> str:
         """Say whether the methods of a row gave vanilla's tokens."""
@@ -138,23 +190,6 @@ def effect(row: CellRow) -> str:
     return "slower" if row.speedup_high < 1 else "same"
 
 
-def format_table(rows: Sequence[CellRow]) -> str:
-    """Give the main table for a terminal: a heading per model and task, one line per cell."""
-    head = ["scheme", "method", "tok/s", "speed-up", "tau", "same tokens", "status"]
-    lines = []
-    for key in dict.fromkeys(r.group for r in rows):
-        group = Group(rows=[r for r in rows if r.group == key])
-        table = [head, *(_line(r) for r in group.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        lines.append(f"{group.title}: {group.facts}")
-        for line in table:
-            cells = [c.ljust(w) for c, w in zip(line, widths, strict=True)]
-            cells[2], cells[4] = line[2].rjust(widths[2]), line[4].rjust(widths[4])
-            lines.append(("  " + "  ".join(cells)).rstrip())
-        lines.append("")
-    return "\n".join(lines)
-
-
 def dates(campaign: Campaign) -> str:
     """First and last start of a cell."""
     started = sorted(str(c.context["started"]) for c in campaign.cells if "started" in c.context)
@@ -181,7 +216,7 @@ def render(
     return environment.get_template(template).render(
         campaign=campaign,
         confidence=confidence,
-        sections=[s for s in sections if s.rows or s.costs],
+        sections=[s for s in sections if s.rows or s.costs or s.qualities],
         warnings=warnings(campaign, rows),
         provenance={
             k: [(shortened(v), n) for v, n in c.items()] for k, c in provenance(campaign).items()
@@ -227,19 +262,3 @@ def _told(row: CellRow) -> str:
     bounds = f" ({row.speedup_low:.2f}-{row.speedup_high:.2f})" if row.speedup_low else ""
     wrong = " [tokens DIFFER from vanilla's]" if row.lossless == "DIFFERENT" else ""
     return f"{row.arm} {row.speedup:.2f}x{bounds}{wrong}"
-
-
-def _line(row: CellRow) -> list[str]:
-    speedup = "" if row.speedup is None else f"{row.speedup:.2f}"
-    if row.speedup_low is not None and row.method != VANILLA:
-        speedup += f" [{row.speedup_low:.2f}, {row.speedup_high:.2f}]"
-    same = row.lossless if row.agreement is None else f"{row.agreement:.0%} {row.lossless}"
-    return [
-        row.target + (" (random)" if row.weights == "random" else ""),
-        row.arm,
-        "" if row.tokens_per_s is None else f"{row.tokens_per_s:.1f}",
-        speedup,
-        "" if row.acceptance_length is None else f"{row.acceptance_length:.2f}",
-        same,
-        row.status,
-    ]

@@ -1,60 +1,34 @@
 """Figures, one function each: rows in, one SVG out (None without rows), for light and dark pages.
 
 name: of the figure; it prefixes every id, so that many figures can share a page.
-
-Text and axes are drawn in `currentColor`, so that a figure takes the colour of the text around it.
-Colours are Okabe and Ito's, which the common forms of colour blindness keep apart (the blue a
-little lighter, for the dark page); markers or hatches say the same thing again.
 """
 
-import io
-import math
-import re
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from bench.canvas import (
+    HATCHES,
+    INK,
+    LINES,
+    MARKERS,
+    PALETTE,
+    bar_key,
+    draw_panels,
+    line_key,
+    pick,
+    split,
+)
 from bench.record import VANILLA
-from bench.results import CellRow, is_dense
-from bench.stats import CostRow
+from bench.rows import CellRow, CostRow, QualityRow, is_dense
 
-PALETTE = ("#1F7FBF", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-HATCHES = ("", "//", "..", "xx", "\\\\", "++")
-LINES: tuple[object, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 STAGES = {
     "share_draft_prefill": ("drafter's prefill", "#CC79A7", "xx"),
     "share_draft": ("draft", "#E69F00", "//"),
     "share_verify": ("verify", "#1F7FBF", ""),
     "share_commit": ("commit", "#009E73", ".."),
-}
-T = TypeVar("T")
-
-INK = "#010203"  # stands for currentColor until the SVG is written
-WIDTH, HEIGHT = 9.2, 2.9  # inches, of a figure and of one row of panels
-STYLE = {
-    "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's own font
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "figure.facecolor": "none",
-    "legend.frameon": False,
-    "hatch.linewidth": 0.5,
 }
 
 
@@ -86,9 +60,9 @@ def acceptance_at(rows: Sequence[CellRow], *, name: str) -> str | None:
             axes.plot(
                 range(1, len(row.acceptance_at) + 1),
                 row.acceptance_at,
-                color=_of(PALETTE, place),
-                marker=_of(MARKERS, place),
-                linestyle=_of(LINES, targets.index(row.target)),
+                color=pick(PALETTE, place),
+                marker=pick(MARKERS, place),
+                linestyle=pick(LINES, targets.index(row.target)),
                 markersize=4,
                 linewidth=1.3,
             )
@@ -97,26 +71,29 @@ def acceptance_at(rows: Sequence[CellRow], *, name: str) -> str | None:
         axes.set_ylim(0, 1.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    legend = [_line_key(a, _of(PALETTE, i), _of(MARKERS, i)) for i, a in enumerate(arms)]
-    legend += [_line_key(t, INK, "", _of(LINES, i)) for i, t in enumerate(targets)]
-    panels = {_title(key): part for key, part in _split(shown, lambda r: r.group).items()}
-    return _figure(name, panels, draw, legend)
+    legend = [line_key(a, pick(PALETTE, i), pick(MARKERS, i)) for i, a in enumerate(arms)]
+    legend += [line_key(t, INK, "", pick(LINES, i)) for i, t in enumerate(targets)]
+    panels = {_title(key): part for key, part in split(shown, lambda r: r.group).items()}
+    return draw_panels(name, panels, draw, legend)
 
 
 def verify_cost(rows: Sequence[CostRow], *, name: str) -> str | None:
     """T_v(n) / T_1 per scheme: what it costs to read n tokens at once instead of one."""
     shown = [r for r in rows if r.what == "verify" and r.ratio is not None and r.batch == 1]
-    targets = list(dict.fromkeys(_target(r) for r in shown))
+    targets = list(dict.fromkeys(r.target for r in shown))
 
     def draw(axes: Axes, part: Sequence[CostRow]) -> None:
         for place, target in enumerate(targets):
-            line = sorted((r for r in part if _target(r) == target), key=lambda r: r.n or 0)
-            colour, n = _of(PALETTE, place), [r.n or 0 for r in line]
+            line = sorted(
+                (r for r in part if r.target == target),
+                key=lambda r: r.n or 0,
+            )
+            colour, n = pick(PALETTE, place), [r.n or 0 for r in line]
             middle = [r.ratio or 0 for r in line]
             low = [r.ratio_low or r.ratio or 0 for r in line]
             high = [r.ratio_high or r.ratio or 0 for r in line]
             axes.fill_between(n, low, high, color=colour, alpha=0.2, linewidth=0)
-            axes.plot(n, middle, color=colour, marker=_of(MARKERS, place), markersize=4)
+            axes.plot(n, middle, color=colour, marker=pick(MARKERS, place), markersize=4)
         counts = sorted({r.n for r in part if r.n})
         ticks = [n for n in counts if n & (n - 1) == 0] or counts
         axes.set_xscale("log", base=2)
@@ -127,13 +104,38 @@ def verify_cost(rows: Sequence[CostRow], *, name: str) -> str | None:
         axes.set_ylim(bottom=0)
         _line_at_one(axes)
 
-    legend = [_line_key(t, _of(PALETTE, i), _of(MARKERS, i)) for i, t in enumerate(targets)]
-    parts = _split(shown, lambda r: (r.model, r.weights, r.device, r.dtype, r.context))
+    legend = [line_key(t, pick(PALETTE, i), pick(MARKERS, i)) for i, t in enumerate(targets)]
+    parts = split(shown, lambda r: (r.model, r.weights, r.device, r.dtype, r.context))
     panels = {
         f"{model} ({weights}), {device} {dtype}, context {context}": part
         for (model, weights, device, dtype, context), part in parts.items()
     }
-    return _figure(name, panels, draw, legend)
+    return draw_panels(name, panels, draw, legend)
+
+
+def quality(rows: Sequence[QualityRow], *, name: str) -> str | None:
+    """Perplexity per scheme with its interval, a panel per model and text."""
+    shown = [r for r in rows if r.perplexity is not None]
+
+    def draw(axes: Axes, part: Sequence[QualityRow]) -> None:
+        for x, row in enumerate(part):
+            assert row.perplexity is not None
+            low, high = row.perplexity_low, row.perplexity_high
+            if low is not None and high is not None:
+                axes.plot([x, x], [low, high], color=INK, linewidth=1)
+            axes.plot(x, row.perplexity, color=PALETTE[0], marker=MARKERS[0], linestyle="")
+            if is_dense(row.target):
+                axes.axhline(row.perplexity, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xticks(range(len(part)), [r.target for r in part])
+        axes.set_xlim(-0.6, len(part) - 0.4)
+        axes.set_ylabel("perplexity")
+
+    legend = [line_key("perplexity of the target", PALETTE[0], MARKERS[0], "")]
+    panels = {
+        f"{model} ({weights}), {task}, {device} {dtype}": part
+        for (model, weights, task, device, dtype), part in split(shown, lambda r: r.group).items()
+    }
+    return draw_panels(name, panels, draw, legend)
 
 
 def stage_shares(rows: Sequence[CellRow], *, name: str) -> str | None:
@@ -158,17 +160,10 @@ def stage_shares(rows: Sequence[CellRow], *, name: str) -> str | None:
         axes.set_xlim(0, 1)
         axes.set_xlabel("share of the seconds charged to the method")
 
-    legend = [_bar_key(label, colour, hatch) for label, colour, hatch in STAGES.values()]
-    panels = {_title(key): part for key, part in _split(shown, lambda r: r.group).items()}
+    legend = [bar_key(label, colour, hatch) for label, colour, hatch in STAGES.values()]
+    panels = {_title(key): part for key, part in split(shown, lambda r: r.group).items()}
     most = max((len(part) for part in panels.values()), default=0)
-    return _figure(name, panels, draw, legend, along="x", height=0.8 + 0.24 * most, columns=1)
-
-
-def standalone(svg: str) -> str:
-    """Make a figure a file of its own: with its name space, and a colour for currentColor."""
-    style = "<style>svg{color:#1c1e21;background:#fff}</style>"
-    space = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    return re.sub(r"<svg ([^>]*)>", rf"<svg {space} \1>{style}", svg, count=1) + "\n"
+    return draw_panels(name, panels, draw, legend, along="x", height=0.8 + 0.24 * most, columns=1)
 
 
 def _bars(
@@ -189,7 +184,7 @@ def _bars(
             assert value is not None
             place = arms.index(row.arm)
             x = targets.index(row.target) + (here.index(row.arm) - (len(here) - 1) / 2) * width
-            style: dict[str, Any] = {"color": _of(PALETTE, place), "hatch": _of(HATCHES, place)}
+            style: dict[str, Any] = {"color": pick(PALETTE, place), "hatch": pick(HATCHES, place)}
             axes.bar(x, value, width * 0.9, edgecolor="white", linewidth=0.3, **style)
             if low is not None and high is not None:
                 spread = [[max(value - low, 0)], [max(high - value, 0)]]
@@ -199,81 +194,13 @@ def _bars(
         axes.set_ylabel(label)
         _line_at_one(axes)
 
-    legend = [_bar_key(a, _of(PALETTE, i), _of(HATCHES, i)) for i, a in enumerate(arms)]
-    panels = {_title(key): part for key, part in _split(rows, lambda r: r.group).items()}
-    return _figure(name, panels, draw, legend)
-
-
-def _figure(
-    name: str,
-    panels: dict[str, list[T]],
-    draw: Callable[[Any, Sequence[T]], None],
-    legend: Sequence[Any],
-    *,
-    height: float = HEIGHT,
-    columns: int = 2,
-    along: Literal["x", "y"] = "y",
-) -> str | None:
-    if not panels:
-        return None
-    columns = min(columns, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    # The salt makes the ids, and with them the whole file, the same every time.
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(WIDTH, height * lines + 0.35), layout="constrained")
-        grid = figure.subplots(lines, columns, squeeze=False).flatten()
-        for axes, (title, part) in zip(grid, panels.items(), strict=False):
-            axes.set_title(title)
-            axes.set_axisbelow(True)
-            axes.grid(axis=along, alpha=0.15)
-            draw(axes, part)
-        for axes in grid[len(panels) :]:
-            axes.set_visible(False)
-        figure.legend(handles=legend, loc="outside upper left", ncols=min(len(legend), 6))
-        return _inline(figure, name)
-
-
-def _inline(figure: Figure, name: str) -> str:
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
-    svg = re.sub(r' id="([^"]*)"', rf' id="{name}-\1"', svg)  # ids are unique per page, not figure
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
-    svg = re.sub(r'(<svg [^>]*?)width="[^"]*"', rf'\1role="img" class="{name}"', svg, count=1)
-    svg = re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", svg, count=1)
-    return svg.replace(INK, "currentColor")
+    legend = [bar_key(a, pick(PALETTE, i), pick(HATCHES, i)) for i, a in enumerate(arms)]
+    panels = {_title(key): part for key, part in split(rows, lambda r: r.group).items()}
+    return draw_panels(name, panels, draw, legend)
 
 
 def _line_at_one(axes: Axes) -> None:
     axes.axhline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-
-
-def _bar_key(label: str, colour: str, hatch: str) -> Patch:
-    return Patch(label=label, facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0.3)
-
-
-def _line_key(label: str, colour: str, marker: str, style: object = "-") -> Line2D:
-    return Line2D([], [], label=label, color=colour, marker=marker, linestyle=style, markersize=4)
-
-
-def _of(cycle: Sequence[T], place: int) -> T:
-    return cycle[place % len(cycle)]
-
-
-def _split(rows: Sequence[T], key: Callable[[T], Hashable]) -> dict[Any, list[T]]:
-    parts: dict[Any, list[T]] = {}
-    for row in rows:
-        parts.setdefault(key(row), []).append(row)
-    return parts
-
-
-def _target(row: CostRow) -> str:
-    return row.scheme if is_dense(row.lm_head) else f"{row.scheme}, lm_head {row.lm_head}"
 
 
 def _title(group: tuple[object, ...]) -> str:

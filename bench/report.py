@@ -7,21 +7,24 @@ from a GPU machine can be read on a laptop.
 """
 
 import csv
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from bench import metrics, page, plot, stats
+from bench import canvas, metrics, page, plot, stats, terminal
 from bench.build import ROOT
+from bench.category_table import category_rows
+from bench.cost_table import cost_rows
 from bench.page import Figure, Section
-from bench.record import STAGES, Cost
-from bench.results import REPORT, Campaign, CellResult, CellRow, load
-from bench.stats import Bootstrap, CostRow
+from bench.quality_table import quality_rows
+from bench.record import STAGES
+from bench.results import REPORT, Campaign, CellResult, load
+from bench.rows import CategoryRow, CellRow, CostRow, QualityRow
+from bench.stats import Bootstrap
 
 Row = dict[str, object]  # column -> value
 
@@ -45,6 +48,12 @@ CAPTIONS = {
         "Median time to read n tokens over the time to read one, per scheme; shaded: bootstrap "
         "interval over repeats. 1 would make verification free.",
     ),
+    "quality": (
+        "What a scheme costs in quality",
+        "Perplexity of the target, per scheme; whiskers: bootstrap interval over windows of the "
+        "text; dashed: dense. Intervals of one text move together: the table has the paired "
+        "difference.",
+    ),
     "stage-shares": (
         "Where a round's time goes",
         "Share of the seconds charged to the method, per stage.",
@@ -60,7 +69,8 @@ class Tables:
     confidence: float
     cells: list[CellRow]
     costs: list[CostRow]
-    categories: list[Row]
+    qualities: list[QualityRow]
+    categories: list[CategoryRow]
     stages: list[Row]
 
 
@@ -72,31 +82,10 @@ def tables(campaign: Campaign, bootstrap: Bootstrap) -> Tables:
         confidence=bootstrap.confidence,
         cells=stats.cell_rows(campaign, bootstrap),
         costs=cost_rows(campaign, bootstrap),
-        categories=[row for result in done for row in _categories(result, campaign, bootstrap)],
+        qualities=quality_rows(campaign, bootstrap),
+        categories=category_rows(campaign, bootstrap),
         stages=[row for result in done for row in _stages(result)],
     )
-
-
-def cost_rows(campaign: Campaign, bootstrap: Bootstrap) -> list[CostRow]:
-    """Give one row per measured cost, and one per cost cell that has none."""
-    merged = {c.name: _merged(c.costs) if c.done else [] for c in campaign.costs}
-    once = {
-        (key, cost.context, cost.batch): cost.repeat_s
-        for result in campaign.costs
-        for cost in merged[result.name]
-        for key in (result.target, result.name)
-        if (cost.what, cost.n) == ("verify", 1)
-    }
-    rows = []
-    for result in campaign.costs:
-        for cost in merged[result.name]:
-            size = (cost.context, cost.batch)
-            # T_1 of the same cell was measured between the others; another cell's is second best.
-            base = once.get((result.name, *size)) or once.get((result.target, *size))
-            rows.append(_cost_row(result, cost, base, bootstrap))
-        if not merged[result.name]:
-            rows.append(_cost_row(result, None, None, bootstrap))
-    return rows
 
 
 def sections(report: Tables) -> list[Section]:
@@ -105,12 +94,15 @@ def sections(report: Tables) -> list[Section]:
     for synthetic in (False, True):
         cells = [r for r in report.cells if r.synthetic == synthetic]
         costs = [r for r in report.costs if (r.weights == "random") == synthetic]
+        qualities = [r for r in report.qualities if (r.weights == "random") == synthetic]
+        names = {r.cell for r in cells}
         suffix = "-synthetic" if synthetic else ""
         drawn = {
             "speedup": plot.speedup(cells, name=f"speedup{suffix}"),
             "acceptance-length": plot.acceptance_length(cells, name=f"acceptance-length{suffix}"),
             "acceptance-at": plot.acceptance_at(cells, name=f"acceptance-at{suffix}"),
             "verify-cost": plot.verify_cost(costs, name=f"verify-cost{suffix}"),
+            "quality": plot.quality(qualities, name=f"quality{suffix}"),
             "stage-shares": plot.stage_shares(cells, name=f"stage-shares{suffix}"),
         }
         figures = [
@@ -119,7 +111,17 @@ def sections(report: Tables) -> list[Section]:
             if svg
         ]
         title, note = ("Synthetic", "synthetic") if synthetic else ("Measured", "")
-        parts.append(Section(title=title, note=note, rows=cells, costs=costs, figures=figures))
+        parts.append(
+            Section(
+                title=title,
+                note=note,
+                rows=cells,
+                costs=costs,
+                qualities=qualities,
+                categories=[r for r in report.categories if r.cell in names],
+                figures=figures,
+            )
+        )
     return parts
 
 
@@ -132,11 +134,12 @@ def write(report: Tables, folder: Path, formats: Sequence[str]) -> None:
     if "csv" in formats:
         _write_csv(folder / "table.csv", report.cells)
         _write_csv(folder / "cost.csv", report.costs)
+        _write_csv(folder / "quality.csv", report.qualities)
         _write_csv(folder / "categories.csv", report.categories)
         _write_csv(folder / "stages.csv", report.stages)
     if "svg" in formats:
         for figure in (f for part in parts for f in part.figures):
-            text = plot.standalone(figure.svg)
+            text = canvas.standalone(figure.svg)
             (folder / f"{figure.name}.svg").write_text(text, encoding="utf-8")
     for name, kind in (("report.md", "md"), ("index.html", "html")):
         if kind in formats:
@@ -171,84 +174,8 @@ def _report(config: DictConfig) -> str:
     report = tables(load(folder), bootstrap)
     write(report, folder / REPORT, list(config.formats))
     shown = folder / REPORT / ("index.html" if "html" in config.formats else "")
-    return f"{page.format_table(report.cells)}\n{shown}\n"
-
-
-def _cost_row(
-    result: CellResult, cost: Cost | None, base: list[float] | None, bootstrap: Bootstrap
-) -> CostRow:
-    c = result.cell
-    row = CostRow(
-        what="" if cost is None else cost.what,
-        method=c.method,
-        scheme=c.scheme,
-        model=c.model,
-        weights=c.weights,
-        lm_head=c.lm_head,
-        draft_scheme=c.draft_scheme,
-        device=c.device,
-        dtype=c.dtype,
-        status=result.status.state,
-        reason=result.status.reason,
-        cell=result.name,
-    )
-    if cost is None:
-        return row
-    median = statistics.median(cost.repeat_s)
-    row = replace(
-        row,
-        n=cost.n,
-        context=cost.context,
-        batch=cost.batch,
-        median_s=median,
-        min_s=min(cost.repeat_s),
-        max_s=max(cost.repeat_s),
-        count=len(cost.repeat_s),
-        forwards=cost.forwards,
-        gb_per_s=metrics.bytes_per_second(cost) / 1e9,
-        tokens_per_s_at_n=cost.n * cost.batch / median if cost.what == "verify" else None,
-    )
-    if base is None:
-        return replace(row, reason="no T_1 of the same scheme, context and batch")
-    if (cost.what, cost.n) == ("verify", 1) and cost.repeat_s == base:
-        return replace(row, ratio=1.0, ratio_low=1.0, ratio_high=1.0)
-    to_once = bootstrap.ratio_of_medians(cost.repeat_s, base)
-    return replace(row, ratio=to_once.value, ratio_low=to_once.low, ratio_high=to_once.high)
-
-
-def _merged(costs: Sequence[Cost]) -> list[Cost]:
-    """Join repeats of the same measurement, as a resumed cell may hold it twice."""
-    joined: dict[tuple[str, int, int, int, int], Cost] = {}
-    for cost in costs:
-        key = (cost.what, cost.n, cost.context, cost.batch, cost.forwards)
-        before = joined[key].repeat_s if key in joined else []
-        joined[key] = replace(cost, repeat_s=[*before, *cost.repeat_s])
-    return [cost for cost in joined.values() if cost.repeat_s]
-
-
-def _categories(result: CellResult, campaign: Campaign, bootstrap: Bootstrap) -> list[Row]:
-    ok = metrics.finished(result.generations)
-    vanilla = campaign.vanilla_of(result)
-    pairs = stats.pairing(result, vanilla).pairs if vanilla else []
-    rows = []
-    for category in sorted({g.category for g in ok}):
-        here = [g for g in ok if g.category == category]
-        sums = metrics.pair_sums([p for p in pairs if p[0].category == category])
-        gain = bootstrap.over_prompts(sums, stats.speedup)
-        rows.append(
-            {
-                **_labels(result),
-                "category": category,
-                "num_prompts": len({g.prompt_id for g in here}),
-                "num_tokens": metrics.num_tokens(here),
-                "tokens_per_s": metrics.tokens_per_second(here),
-                "speedup": gain.value,
-                "speedup_low": gain.low,
-                "speedup_high": gain.high,
-                "acceptance_length": metrics.acceptance_length(here),
-            }
-        )
-    return rows
+    told = [terminal.cell_table(report.cells), terminal.quality_table(report.qualities)]
+    return "\n".join([*filter(None, told), f"{shown}\n"])
 
 
 def _stages(result: CellResult) -> list[Row]:

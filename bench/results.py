@@ -13,7 +13,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bench import record as files
-from bench.record import VANILLA, Cell, Cost, Generation, Record, Status, read_json, read_lines
+from bench.record import (
+    COST,
+    DOORS,
+    QUALITY,
+    RUN,
+    VANILLA,
+    Cell,
+    Cost,
+    Generation,
+    Quality,
+    Record,
+    Status,
+    read_json,
+    read_lines,
+)
+from bench.rows import is_dense, is_synthetic
 
 UNFINISHED = "unfinished"
 REPORT = "report"  # the folder of a campaign that a report is written to
@@ -23,7 +38,7 @@ R = TypeVar("R", bound=Record)
 
 @dataclass(frozen=True)
 class CellResult:
-    """A cell as its folder has it. generations or costs are filled, by the cell's door."""
+    """A cell as its folder has it. One list of records is filled, the door's."""
 
     name: str  # of its folder, relative to the campaign
     cell: Cell
@@ -31,6 +46,7 @@ class CellResult:
     context: dict[str, Any]
     generations: list[Generation]
     costs: list[Cost]
+    qualities: list[Quality]
 
     @property
     def done(self) -> bool:
@@ -77,12 +93,20 @@ class Campaign:
     @cached_property
     def runs(self) -> list[CellResult]:
         """Cells of generations, dense first, vanilla first."""
-        return sorted((c for c in self.cells if c.cell.door == "run"), key=_place)
+        return self._of(RUN)
 
     @cached_property
     def costs(self) -> list[CellResult]:
         """Cells of cost measurements."""
-        return sorted((c for c in self.cells if c.cell.door == "cost"), key=_place)
+        return self._of(COST)
+
+    @cached_property
+    def qualities(self) -> list[CellResult]:
+        """Cells of quality measurements."""
+        return self._of(QUALITY)
+
+    def _of(self, door: str) -> list[CellResult]:
+        return sorted((c for c in self.cells if c.cell.door == door), key=_place)
 
     def vanilla_of(self, result: CellResult) -> CellResult | None:
         """Give the whole vanilla cell of the same target, task, device and temperature."""
@@ -121,79 +145,6 @@ class Campaign:
         return verify, draft
 
 
-@dataclass(frozen=True, kw_only=True)
-class CellRow:
-    """One cell of generations as table.csv has it; None where nothing was or could be measured."""
-
-    model: str
-    weights: str
-    scheme: str
-    draft_scheme: str
-    method: str
-    task: str
-    device: str
-    num_prompts: int
-    num_tokens: int
-    tokens_per_s: float | None = None
-    speedup: float | None = None
-    speedup_low: float | None = None
-    speedup_high: float | None = None
-    acceptance_length: float | None = None
-    agreement: float | None = None
-    status: str
-    dtype: str
-    lm_head: str
-    acceptance: str
-    temperature: float
-    acceptance_low: float | None = None
-    acceptance_high: float | None = None
-    speedup_decode: float | None = None
-    speedup_request: float | None = None
-    lossless: str = ""
-    num_ties: int | None = None
-    num_differences: int | None = None
-    num_too_long: int
-    num_steps: int | None = None
-    drafted_per_step: float | None = None
-    share_draft_prefill: float | None = None
-    share_draft: float | None = None
-    share_verify: float | None = None
-    share_commit: float | None = None
-    host_gap_share: float | None = None
-    predicted_speedup: float | None = None
-    reason: str
-    cell: str
-    compatibility: float | None = None  # speed-up over the dense target's, same method
-    compatibility_low: float | None = None
-    compatibility_high: float | None = None
-    num_paired: int | None = None  # turns the speed-up rests on
-    num_incomparable: int | None = None  # later turns after a different answer
-    acceptance_at: tuple[float, ...] = ()
-
-    @property
-    def synthetic(self) -> bool:
-        """Random weights or replayed acceptance: costs are real, tokens mean nothing."""
-        return is_synthetic(weights=self.weights, acceptance=self.acceptance)
-
-    @property
-    def group(self) -> tuple[object, ...]:
-        """What the cells of one matrix share."""
-        return (self.model, self.weights, self.task, self.device, self.dtype, self.temperature)
-
-    @property
-    def target(self) -> str:
-        """The row of a matrix: the scheme, and lm_head's where it is quantised too."""
-        return self.scheme if is_dense(self.lm_head) else f"{self.scheme}, lm_head {self.lm_head}"
-
-    @property
-    def arm(self) -> str:
-        """The column of a matrix: the method, and what is unusual about its drafter."""
-        quantised = self.draft_scheme and not is_dense(self.draft_scheme)
-        drafter = f", drafter {self.draft_scheme}" if quantised else ""
-        replayed = "" if self.acceptance == "measured" else f" [{self.acceptance}]"
-        return self.method + drafter + replayed
-
-
 def load(folder: Path) -> Campaign:
     """Read every cell below a campaign's folder.
 
@@ -215,37 +166,24 @@ def load(folder: Path) -> Campaign:
     return Campaign(name=folder.resolve().name, folder=folder, cells=cells, stray=stray)
 
 
-def is_synthetic(*, weights: str, acceptance: str) -> bool:
-    """Tell whether tokens mean nothing: random weights, or acceptance that was replayed."""
-    return weights == "random" or acceptance != "measured"
-
-
-def is_dense(scheme: str) -> bool:
-    """Tell whether a scheme's label names unquantised weights."""
-    return scheme.startswith("dense")
-
-
 def _read_cell(folder: Path, root: Path) -> CellResult:
     cell = _parse(Cell, folder / files.CELL)
-    if cell.door not in ("run", "cost"):
-        raise ValueError(f"{folder / files.CELL}: door must be run or cost, got {cell.door!r}")
+    if cell.door not in DOORS:
+        known = ", ".join(DOORS)
+        raise ValueError(f"{folder / files.CELL}: door must be one of {known}, got {cell.door!r}")
     ended = (folder / files.STATUS).exists()
     status = _parse(Status, folder / files.STATUS) if ended else Status(state=UNFINISHED)
     # A killed writer leaves half a line; a cell that says it is done has no excuse for one.
     torn = status.state != "done"
     records = folder / files.RECORDS
-    generations, costs = [], []
-    if records.exists() and cell.door == "run":
-        generations = list(_parse_lines(Generation, records, torn_tail=torn))
-    elif records.exists():
-        costs = list(_parse_lines(Cost, records, torn_tail=torn))
     return CellResult(
         name=str(folder.relative_to(root)),
         cell=cell,
         status=status,
         context=_read_context(folder / files.CONTEXT),
-        generations=generations,
-        costs=costs,
+        generations=_read_records(Generation, records, of=cell.door == RUN, torn_tail=torn),
+        costs=_read_records(Cost, records, of=cell.door == COST, torn_tail=torn),
+        qualities=_read_records(Quality, records, of=cell.door == QUALITY, torn_tail=torn),
     )
 
 
@@ -255,6 +193,11 @@ def _parse(kind: type[R], path: Path) -> R:
         return kind.parse(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _read_records(kind: type[R], path: Path, *, of: bool, torn_tail: bool) -> list[R]:
+    """of: whether the cell's door writes records of this kind."""
+    return list(_parse_lines(kind, path, torn_tail=torn_tail)) if of and path.exists() else []
 
 
 def _parse_lines(kind: type[R], path: Path, *, torn_tail: bool) -> Iterator[R]:

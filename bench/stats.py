@@ -7,16 +7,19 @@ all turns and both arms together, and takes the ratio of sums. An interval says 
 draw of such prompts would move the number; it does not cover another machine or another day.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench import metrics
 from bench.record import VANILLA, Generation
-from bench.results import Campaign, CellResult, CellRow, is_dense
+from bench.results import Campaign, CellResult
+from bench.rows import CellRow, is_dense
 
 Floats = NDArray[np.float64]
 
@@ -47,9 +50,9 @@ class Bootstrap:
             raise ValueError(f"seed must be 0 or more, got {self.seed!r}")
 
     def over_prompts(
-        self, sums: Mapping[str, Sequence[float]], statistic: Callable[[Floats], Floats]
+        self, sums: Mapping[Any, Sequence[float]], statistic: Callable[[Floats], Floats]
     ) -> Interval:
-        """Resample prompts. sums: per prompt id, k sums. statistic: [..., k] -> [...]."""
+        """Resample prompts, or windows. sums: of each, k sums. statistic: [..., k] -> [...]."""
         table = np.array(list(sums.values()), dtype=np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
             value = float(statistic(table.sum(axis=0))) if len(table) else float("nan")
@@ -82,37 +85,6 @@ class Bootstrap:
         return float(low), float(high)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CostRow:
-    """One timed forward or proposal as cost.csv has it."""
-
-    what: str
-    method: str
-    scheme: str
-    n: int | None = None
-    context: int | None = None
-    batch: int | None = None
-    median_s: float | None = None
-    min_s: float | None = None
-    max_s: float | None = None
-    count: int | None = None
-    ratio: float | None = None  # to T_1: the same target reading one token
-    ratio_low: float | None = None
-    ratio_high: float | None = None
-    tokens_per_s_at_n: float | None = None
-    gb_per_s: float | None = None
-    forwards: int | None = None
-    model: str
-    weights: str
-    lm_head: str
-    draft_scheme: str
-    device: str
-    dtype: str
-    status: str
-    reason: str
-    cell: str
-
-
 def cell_rows(campaign: Campaign, bootstrap: Bootstrap) -> list[CellRow]:
     """Give one row per cell of generations, failed and unfinished ones included."""
     return [_cell_row(result, campaign, bootstrap) for result in campaign.runs]
@@ -131,6 +103,27 @@ def speedup(sums: Floats) -> Floats:
 def compatibility(sums: Floats) -> Floats:
     """[..., 8]: speed-up on a scheme over speed-up on dense weights."""
     return speedup(sums[..., 0:4]) / speedup(sums[..., 4:8])
+
+
+def acceptance_change(sums: Floats) -> Floats:
+    """[..., 4], tokens and steps on a scheme and on dense weights -> difference of tau."""
+    return rate(sums[..., 0:2]) - rate(sums[..., 2:4])
+
+
+def accuracy(generations: Sequence[Generation], confidence: float) -> Interval:
+    """Share of the scored answers that are correct, with Wilson's interval.
+
+    A bootstrap would give no width where all answers are right, or none is.
+    """
+    scored = metrics.num_scored(generations)
+    if not scored:
+        return Interval(value=None, low=None, high=None)
+    share = sum(g.correct is True for g in generations) / scored
+    z2 = statistics.NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    middle = (share + z2 / (2 * scored)) / (1 + z2 / scored)
+    spread = share * (1 - share) / scored + z2 / (4 * scored**2)
+    half = math.sqrt(z2 * spread) / (1 + z2 / scored)
+    return Interval(value=share, low=max(middle - half, 0.0), high=min(middle + half, 1.0))
 
 
 def _cell_row(result: CellResult, campaign: Campaign, bootstrap: Bootstrap) -> CellRow:
@@ -170,6 +163,7 @@ def _cell_row(result: CellResult, campaign: Campaign, bootstrap: Bootstrap) -> C
             lossless="-",
         )
     row = replace(row, predicted_speedup=_predicted(row, result, campaign))
+    row = _moved(row, result, campaign, bootstrap)
     vanilla = campaign.vanilla_of(result)
     if vanilla is None:
         return replace(row, reason="no finished vanilla cell of the same target, task and device")
@@ -179,9 +173,14 @@ def _cell_row(result: CellResult, campaign: Campaign, bootstrap: Bootstrap) -> C
 def _measured(row: CellRow, ok: Sequence[Generation], bootstrap: Bootstrap) -> CellRow:
     """Fill what a cell says on its own."""
     tau = bootstrap.over_prompts(metrics.step_sums(ok), rate)
+    right = accuracy(ok, bootstrap.confidence)
     shares = metrics.stage_shares(ok)
     return replace(
         row,
+        accuracy=right.value,
+        accuracy_low=right.low,
+        accuracy_high=right.high,
+        num_scored=metrics.num_scored(ok),
         tokens_per_s=metrics.tokens_per_second(ok),
         acceptance_length=tau.value,
         acceptance_low=tau.low,
@@ -194,6 +193,21 @@ def _measured(row: CellRow, ok: Sequence[Generation], bootstrap: Bootstrap) -> C
         share_commit=shares.get("commit"),
         host_gap_share=metrics.host_gap_share(ok),
         acceptance_at=tuple(metrics.acceptance_at(ok)),
+    )
+
+
+def _moved(row: CellRow, result: CellResult, campaign: Campaign, bootstrap: Bootstrap) -> CellRow:
+    """Fill how far tau is from that of the same method on dense weights."""
+    dense = campaign.dense_of(result)
+    if dense is None or is_dense(result.cell.scheme):
+        return row
+    paired = pairing(result, dense).pairs
+    change = bootstrap.over_prompts(metrics.pair_steps(paired), acceptance_change)
+    return replace(
+        row,
+        acceptance_change=change.value,
+        acceptance_change_low=change.low,
+        acceptance_change_high=change.high,
     )
 
 

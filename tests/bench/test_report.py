@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import page
-from bench.report import FORMATS, Tables, cost_rows, sections, tables, write
+from bench import page, terminal
+from bench.cost_table import cost_rows
+from bench.report import FORMATS, Tables, sections, tables, write
 from bench.results import load
 from bench.stats import Bootstrap
 from tests.bench.made_campaign import CELL, cost, pair_of_cells, realistic, write_cell
@@ -174,7 +175,7 @@ def test_answer_says_when_tokens_differ(report: Tables) -> None:
 
 def test_terminal_table(tmp_path: Path) -> None:
     rows = tables(load(pair_of_cells(tmp_path)), BOOTSTRAP).cells
-    assert page.format_table(rows) == (
+    assert terminal.cell_table(rows) == (
         "lab_small on gsm8k: lab weights, cpu, float32, greedy, up to 3 prompts\n"
         "  scheme  method   tok/s  speed-up            tau  same tokens  status\n"
         "  dense   vanilla    1.0  1.00               1.00  -            done\n"

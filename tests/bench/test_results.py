@@ -94,7 +94,7 @@ def test_empty_campaign_is_refused(tmp_path: Path) -> None:
 
 def test_unknown_door_is_refused(tmp_path: Path) -> None:
     write_cell(tmp_path / "cell", replace(CELL, door="window"), [])
-    with pytest.raises(ValueError, match="door must be run or cost, got 'window'"):
+    with pytest.raises(ValueError, match="door must be one of run, cost, quality, got 'window'"):
         load(tmp_path)
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from bench.record import Status
-from bench.results import CellRow, load
+from bench.results import load
+from bench.rows import CellRow
 from bench.stats import Bootstrap, cell_rows, compatibility, rate, speedup
 from tests.bench.made_campaign import CELL, cost, generation, pair_of_cells, write_cell
 

@@ -264,9 +264,8 @@ def test_every_task_file_spells_out_every_field() -> None:
         node = OmegaConf.load(path)
         names = set(kinds[node["_target_"]].__dataclass_fields__) | {"_target_"}
         assert set(node) == names, path.name
-        task = task_of(path.stem)
-        assert task.name == path.stem
-        assert task.form in FORMS
+        assert node["name"] == path.stem
+        assert node.get("form", "plain") in FORMS
 
 
 def test_importing_tasks_leaves_the_slow_packages_out() -> None:

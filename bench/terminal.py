@@ -1,0 +1,88 @@
+"""What a terminal shows: the main table, and the price of every scheme."""
+
+from collections.abc import Sequence
+
+from bench.page import Group
+from bench.record import VANILLA
+from bench.rows import CellRow, QualityRow
+
+CELL_HEAD = ["scheme", "method", "tok/s", "speed-up", "tau", "same tokens", "status"]
+QUALITY_HEAD = ["scheme", "perplexity", "over dense", "KL nats", "same top-1", "status"]
+
+
+def cell_table(rows: Sequence[CellRow]) -> str:
+    """Give a heading per model and task, one line per cell; accuracy where there is any."""
+    lines = []
+    for key in dict.fromkeys(r.group for r in rows):
+        group = Group(rows=[r for r in rows if r.group == key])
+        table = [CELL_HEAD, *(_cell(r) for r in group.rows)]
+        if any(r.accuracy is not None for r in group.rows):
+            column = ["correct", *(_correct(r) for r in group.rows)]
+            table = [[*line[:-1], said, line[-1]] for line, said in zip(table, column, strict=True)]
+        lines += [f"{group.title}: {group.facts}", *_aligned(table, right=(2, 4)), ""]
+    return "\n".join(lines)
+
+
+def quality_table(rows: Sequence[QualityRow]) -> str:
+    """Give a heading per model and text, one line per scheme."""
+    lines = []
+    for key in dict.fromkeys(r.group for r in rows):
+        group = [r for r in rows if r.group == key]
+        first = group[0]
+        tokens = max(r.num_tokens for r in group)
+        lines.append(
+            f"{first.model} reading {first.task}: {first.weights} weights, {first.device}, "
+            f"{first.dtype}, up to {tokens} tokens"
+        )
+        lines += [*_aligned([QUALITY_HEAD, *(_quality(r) for r in group)]), ""]
+    return "\n".join(lines)
+
+
+def _aligned(table: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[str]:
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = []
+    for line in table:
+        cells = [
+            said.rjust(width) if i in right else said.ljust(width)
+            for i, (said, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append(("  " + "  ".join(cells)).rstrip())
+    return lines
+
+
+def _correct(row: CellRow) -> str:
+    return _interval(row.accuracy, row.accuracy_low, row.accuracy_high)
+
+
+def _interval(value: float | None, low: float | None, high: float | None, form: str = ".2f") -> str:
+    if value is None:
+        return ""
+    bounds = "" if low is None else f" [{low:{form}}, {high:{form}}]"
+    return f"{value:{form}}{bounds}"
+
+
+def _quality(row: QualityRow) -> list[str]:
+    return [
+        row.target,
+        _interval(row.perplexity, row.perplexity_low, row.perplexity_high, ".3f"),
+        _interval(row.increase, row.increase_low, row.increase_high, "+.3f"),
+        _interval(row.kl_nats, row.kl_low, row.kl_high, ".4f"),
+        _interval(row.top1_agreement, row.top1_low, row.top1_high, ".1%"),
+        row.status,
+    ]
+
+
+def _cell(row: CellRow) -> list[str]:
+    speedup = "" if row.speedup is None else f"{row.speedup:.2f}"
+    if row.speedup_low is not None and row.method != VANILLA:
+        speedup += f" [{row.speedup_low:.2f}, {row.speedup_high:.2f}]"
+    same = row.lossless if row.agreement is None else f"{row.agreement:.0%} {row.lossless}"
+    return [
+        row.target + (" (random)" if row.weights == "random" else ""),
+        row.arm,
+        "" if row.tokens_per_s is None else f"{row.tokens_per_s:.1f}",
+        speedup,
+        "" if row.acceptance_length is None else f"{row.acceptance_length:.2f}",
+        same,
+        row.status,
+    ]
