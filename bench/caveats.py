@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from bench.results import Campaign
 from bench.rows import CellRow
 
-FEW_PROMPTS = 20  # below this a percentile interval is itself a rough guess
+FEW_PROMPTS = 20  # or windows; below this a percentile interval is itself a rough guess
 
 
 def warnings(campaign: Campaign, rows: Sequence[CellRow]) -> list[str]:
@@ -29,6 +29,10 @@ def warnings(campaign: Campaign, rows: Sequence[CellRow]) -> list[str]:
         said.append(f"{_count(dirty, 'cell')} measured on a tree with uncommitted changes.")
     if few := [r for r in rows if r.status == "done" and r.num_prompts < FEW_PROMPTS]:
         told = f"{_count(len(few), 'cell')} with fewer than {FEW_PROMPTS} prompts"
+        said.append(f"{told}: their intervals are rough themselves.")
+    short = [c for c in campaign.qualities if c.done and len(c.qualities) < FEW_PROMPTS]
+    if short:
+        told = f"{_count(len(short), 'cell')} of quality with fewer than {FEW_PROMPTS} windows"
         said.append(f"{told}: their intervals are rough themselves.")
     places = Counter((r.group, r.target, r.arm) for r in rows)
     if twice := [r.cell for r in rows if places[r.group, r.target, r.arm] > 1]:

@@ -53,6 +53,8 @@ def check_quality(config: Config, positions: int) -> None:
             f"quality.window must be within {config.reference}'s {shape.max_positions} positions, "
             f"got {evaluation.window}"
         )
+    if config.reference == target:
+        return
     sizes = [read_config(folder).get("vocab_size") for folder in (config.reference, target)]
     if sizes[0] != sizes[1] or _vocabulary(config.reference) not in (None, _vocabulary(target)):
         raise ValueError(f"{config.reference}: the vocabulary must be that of {target}")

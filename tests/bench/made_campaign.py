@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bench.record import Cell, Cost, Generation, Status, append_line, write_json
+from bench.record import Cell, Cost, Generation, Quality, Status, append_line, write_json
 
 CONTEXT: dict[str, Any] = {
     "schema": 1,
@@ -40,7 +40,7 @@ SPEED = {"dense": 1.0, "w8a8": 0.7, "w4a16-g128": 0.5}  # seconds per token besi
 def write_cell(
     folder: Path,
     cell: Cell,
-    records: list[Generation] | list[Cost],
+    records: list[Generation] | list[Cost] | list[Quality],
     status: Status | None = Status(state="done"),  # noqa: B008 (frozen)
     context: dict[str, Any] | None = None,
 ) -> Path:
