@@ -6,7 +6,8 @@ from pathlib import Path
 
 from bench.config import Config, Costing
 from bench.task import Prompt, Task, encode
-from methods.checkpoint import Weights, check_transformer, read_config
+from methods.checkpoint import check_transformer
+from methods.weights import Weights, read_config
 
 TOKENIZER = "tokenizer.json"
 

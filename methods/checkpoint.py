@@ -1,109 +1,15 @@
-"""A checkpoint folder -> our modules: Hugging Face names and shapes, read from safetensors.
+"""A checkpoint folder -> our modules, in any scheme."""
 
-Everything is checked before anything is allocated: files, configuration, the presence and the
-shape of every tensor. Pickles are never opened here.
-"""
-
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from methods.rope import Rope
+from methods.architecture import EMBEDDING, read_shape, transformer_shapes
 from methods.transformer import MLP, Attention, Block, RMSNorm, Shape, Transformer
+from methods.weights import Weights, read_config
 from quant.scheme import QuantLinear, Scheme
-
-EMBEDDING = "model.embed_tokens.weight"
-
-
-class Weights(Mapping[str, Tensor]):
-    """The tensors of a folder, by name; each is read when it is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file_of: dict[str, Path] = {}
-        for path in _weight_files(folder):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self._file_of.update(dict.fromkeys(file.keys(), path))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} must be a whole safetensors file: {error}") from error
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-        with safe_open(self._file_of[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
-
-    def require(self, expected: Mapping[str, tuple[int, ...]], *, ignored: set[str]) -> None:
-        """Check that the folder holds exactly these tensors, or raise ValueError.
-
-        ignored: names that may stand there besides.
-        """
-        missing = expected.keys() - self.keys()
-        extra = self.keys() - expected.keys() - ignored
-        if missing or extra:
-            raise ValueError(
-                f"{self.folder} must hold the tensors of its config.json: "
-                f"missing {_some(missing)}, superfluous {_some(extra)}"
-            )
-        for name, shape in expected.items():
-            if self.shape(name) != shape:
-                raise ValueError(
-                    f"{self.folder}: {name} must be {list(shape)}, got {list(self.shape(name))}"
-                )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json, or raise ValueError naming the folder."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} must be a checkpoint folder with a config.json, found none")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must be a JSON object, got {type(config).__name__}")
-    return config
-
-
-def read_shape(config: Mapping[str, Any]) -> Shape:
-    """Take the sizes from a Llama configuration, or raise ValueError naming the key."""
-    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        if config.get(key, plain) != plain:
-            raise ValueError(f"config.json: {key} must be {plain}, got {config[key]}")
-    try:
-        heads = config["num_attention_heads"]
-        return Shape(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            norm_eps=config["rms_norm_eps"],
-            max_positions=config["max_position_embeddings"],
-            rope=_read_rope(config),
-            tied=bool(config.get("tie_word_embeddings")),
-        )
-    except KeyError as error:
-        raise ValueError(f"config.json must have {error}") from error
 
 
 def check_transformer(folder: Path) -> Shape:
@@ -117,35 +23,6 @@ def check_transformer(folder: Path) -> Shape:
     ignored = {"lm_head.weight"} if shape.tied else set()
     Weights(folder).require(transformer_shapes(shape), ignored=ignored)
     return shape
-
-
-def transformer_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Llama checkpoint, by its published name."""
-    hidden = shape.hidden_size
-    expected = {EMBEDDING: (shape.vocab_size, hidden), "model.norm.weight": (hidden,)}
-    if not shape.tied:
-        expected["lm_head.weight"] = (shape.vocab_size, hidden)
-    for layer in range(shape.num_layers):
-        prefix = f"model.layers.{layer}."
-        expected |= block_shapes(prefix, shape, attention_in=hidden)
-        expected[f"{prefix}input_layernorm.weight"] = (hidden,)
-    return expected
-
-
-def block_shapes(prefix: str, shape: Shape, *, attention_in: int) -> dict[str, tuple[int, ...]]:
-    """The tensors that every decoder layer has, also an EAGLE head's."""
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    return {
-        f"{prefix}self_attn.q_proj.weight": (queries, attention_in),
-        f"{prefix}self_attn.k_proj.weight": (keys, attention_in),
-        f"{prefix}self_attn.v_proj.weight": (keys, attention_in),
-        f"{prefix}self_attn.o_proj.weight": (hidden, queries),
-        f"{prefix}mlp.gate_proj.weight": (inner, hidden),
-        f"{prefix}mlp.up_proj.weight": (inner, hidden),
-        f"{prefix}mlp.down_proj.weight": (hidden, inner),
-        f"{prefix}post_attention_layernorm.weight": (hidden,),
-    }
 
 
 class Packer:
@@ -255,38 +132,3 @@ def load_lm_head(
 
 def _output_name(shape: Shape) -> str:
     return EMBEDDING if shape.tied else "lm_head.weight"
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        paths = [folder / "model.safetensors"]
-    else:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        paths = [folder / name for name in sorted(set(named))]
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{folder} must hold {path.name}, found none")
-    return paths
-
-
-def _read_rope(config: Mapping[str, Any]) -> Rope:
-    values = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = values.get("rope_type", values.get("type", "default"))
-    theta = values.get("rope_theta", config.get("rope_theta", 10000.0))
-    if kind == "default":
-        return Rope(theta=theta)
-    if kind == "llama3":
-        return Rope(
-            theta=theta,
-            factor=values["factor"],
-            low_freq_factor=values["low_freq_factor"],
-            high_freq_factor=values["high_freq_factor"],
-            original_max_positions=values["original_max_position_embeddings"],
-        )
-    raise ValueError(f"config.json: rope type must be default or llama3, got {kind!r}")
-
-
-def _some(names: set[str]) -> str:
-    shown = ", ".join(sorted(names)[:3]) or "none"
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

@@ -13,17 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.checkpoint import (
-    Packer,
-    Weights,
-    block_shapes,
-    read_config,
-    read_shape,
-)
+from methods.architecture import block_shapes, read_shape
+from methods.checkpoint import Packer
 from methods.grow import Head, TreeRecipe, head_shape
 from methods.kv import KVCache
 from methods.recipe import Family, Parts
 from methods.transformer import MLP, Attention, RMSNorm, Shape, Transformer
+from methods.weights import Weights, read_config
 from quant.scheme import QuantLinear
 
 NAME = "eagle3"
