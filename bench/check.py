@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench.config import Config, Costing
 from bench.task import Prompt, Task, encode
-from methods.checkpoint import check_transformer
+from methods.checkpoint import check_transformer, stored_in
 from methods.weights import Weights, read_config
 
 TOKENIZER = "tokenizer.json"
@@ -60,7 +60,10 @@ def check_fit(config: Config, folders: Sequence[Path]) -> None:
     asking = [s for s in (config.schemes.draft, config.schemes.draft_lm_head) if s]
     if any(s.needs_absmax for s in asking) and any(_vocabulary(f) is None for f in folders):
         raise ValueError("draft heads cannot be calibrated: draft schemes must not need it")
+    schemes = config.schemes
     for folder in folders:
+        if _vocabulary(folder) is not None:  # a smaller model, not a head
+            stored_in(folder, schemes.draft, schemes.draft_lm_head or schemes.dense)
         if _vocabulary(folder) not in (None, _vocabulary(family.target)):
             raise ValueError(f"{folder}: the vocabulary must be that of {family.target}")
 

@@ -22,6 +22,8 @@ from bench.config import DRAFT_LM_HEAD, DRAFT_SCHEME, Config, parse, resolve, wi
 from bench.identity import IRRELEVANT, WeightHashes, code_hash, config_hash, digest
 from bench.record import VANILLA, Cell
 from bench.task import Prompt, load
+from methods.checkpoint import Stored, stored_in
+from quant.scheme import Scheme
 
 COST = "cost"  # node of conf/cost.yaml; a cell that has it is named by it, not by a task
 HASHES = ".hashes.json"  # of results_dir
@@ -46,6 +48,7 @@ class Planned:
     calibrated: bool
     problem: str
     asked: bool
+    stored: Stored
 
     @property
     def folder(self) -> Path:
@@ -100,6 +103,9 @@ class Planner:
         positions = self._once(
             f"target {family.target} {context}", lambda: check.check_target(family.target, context)
         )
+        stored = self._stored(family.target, config.schemes.target, config.schemes.lm_head)
+        if config.schemes.target.as_stored:  # several folders may be compared in one campaign
+            choice = choice.less(quant=stored.label)
         prompts = self._once(f"task {digest(tree['task'])}", lambda: load(config.task))
         if config.cost is not None:
             check.check_contexts(config.cost, positions)
@@ -127,6 +133,12 @@ class Planner:
             calibrated=check.check_calibration(config, drafts=bool(folders)),
             problem=problem,
             asked=asked,
+            stored=stored,
+        )
+
+    def _stored(self, folder: Path, scheme: Scheme, lm_head: Scheme) -> Stored:
+        return self._once(
+            f"stored {folder} {scheme} {lm_head}", lambda: stored_in(folder, scheme, lm_head)
         )
 
     def _block(self, cells: list[Planned]) -> Block:
@@ -149,22 +161,22 @@ class Planner:
 
     def _arm(self, planned: Planned, hashes: WeightHashes) -> Arm:
         config, choice = planned.config, planned.choice
-        settings, schemes, text = config.settings, config.schemes, config.model.calibration
+        settings, text = config.settings, config.model.calibration
         modules = sorted(target_modules(planned.tree))
         cell = Cell(
             door="run" if config.cost is None else COST,
             model=choice.label("model"),
             weights=config.model.weights,
-            scheme=schemes.target.label,
-            lm_head=schemes.lm_head.label,
-            draft_scheme=_draft_label(planned),
+            scheme=planned.stored.label,
+            lm_head=planned.stored.lm_head,
+            draft_scheme=self._draft_label(planned),
             method=choice.less(f"method.{DRAFT_SCHEME}", f"method.{DRAFT_LM_HEAD}").label("method"),
             task=choice.label("task"),
             block=choice.block,
             device=settings.device,
             dtype=settings.dtype,
             temperature=settings.temperature,
-            tie_threshold_nats=settings.tie_threshold(schemes.target),
+            tie_threshold_nats=settings.tie_threshold(planned.stored.scheme),
             config_hash=config_hash(planned.tree, digest([asdict(p) for p in planned.prompts])),
             code_hash=self._once(f"code {modules}", lambda: code_hash([self._module, *modules])),
             weight_hashes=hashes.of(
@@ -172,6 +184,16 @@ class Planner:
             ),
         )
         return Arm(folder=planned.folder, cell=cell, config=planned.tree, problem=planned.problem)
+
+    def _draft_label(self, planned: Planned) -> str:
+        """The drafter's scheme, and that of its own lm_head where there is one."""
+        if DRAFT_SCHEME not in planned.tree["method"]:
+            return ""
+        schemes, small = planned.config.schemes, planned.config.model.family.small
+        draft, lm_head = schemes.draft.label, schemes.draft_lm_head
+        if schemes.draft.as_stored and small is not None and small.target in planned.folders:
+            draft = self._stored(small.target, schemes.draft, lm_head or schemes.dense).label
+        return draft if lm_head is None else f"{draft}+lm_head:{lm_head.label}"
 
     def _check_prompts(self, cell: Planned) -> None:
         task, prompts = cell.config.task, cell.prompts
@@ -193,11 +215,3 @@ class Planner:
             self._known[name] = make()
         known: T = self._known[name]
         return known
-
-
-def _draft_label(planned: Planned) -> str:
-    """The drafter's scheme, and that of its own lm_head where there is one."""
-    if DRAFT_SCHEME not in planned.tree["method"]:
-        return ""
-    draft, lm_head = planned.config.schemes.draft, planned.config.schemes.draft_lm_head
-    return draft.label if lm_head is None else f"{draft.label}+lm_head:{lm_head.label}"

@@ -5,8 +5,14 @@ from typing import Any
 
 from methods.rope import Rope
 from methods.transformer import Shape
+from quant.formats import Quantization, Spec
 
 EMBEDDING = "model.embed_tokens.weight"
+# Projections of the same input, which are read as one layer: some files hold them so.
+QKV, GATE_UP = "qkv_proj", "gate_up_proj"
+FUSED = {QKV: ("q_proj", "k_proj", "v_proj"), GATE_UP: ("gate_proj", "up_proj")}
+
+Tensors = dict[str, tuple[int, ...] | Spec]
 
 
 def read_shape(config: Mapping[str, Any]) -> Shape:
@@ -60,6 +66,43 @@ def block_shapes(prefix: str, shape: Shape, *, attention_in: int) -> dict[str, t
         f"{prefix}mlp.down_proj.weight": (hidden, inner),
         f"{prefix}post_attention_layernorm.weight": (hidden,),
     }
+
+
+def stored_tensors(shape: Shape, quantization: Quantization | None) -> tuple[Tensors, Tensors]:
+    """Every tensor of a checkpoint, required and optional, where some layers are quantised."""
+    shapes = transformer_shapes(shape)
+    if quantization is None:
+        return {**shapes}, {}
+    if quantization.fused:
+        shapes = _fused(shapes)
+    required: Tensors = {}
+    optional: Tensors = {}
+    for name, size in shapes.items():
+        module = name.removesuffix(".weight")
+        layout = None
+        if len(size) == 2 and name != EMBEDDING:
+            layout = quantization.layout(module)
+        if layout is None:
+            required[name] = size
+            continue
+        try:
+            required |= {f"{module}.{k}": v for k, v in layout.specs(*size).items()}
+            optional |= {f"{module}.{k}": v for k, v in layout.optional(*size).items()}
+        except ValueError as error:
+            raise ValueError(f"{module}: {error}") from error
+    return required, optional
+
+
+def _fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Put fused projections in the place of their parts."""
+    fused: dict[str, tuple[int, ...]] = {}
+    whole = {part: name for name, parts in FUSED.items() for part in parts}
+    for name, size in shapes.items():
+        words = [whole.get(word, word) for word in name.split(".")]
+        joined = ".".join(words)
+        rows = fused[joined][0] if joined in fused else 0
+        fused[joined] = (rows + size[0], *size[1:])
+    return fused
 
 
 def _read_rope(config: Mapping[str, Any]) -> Rope:

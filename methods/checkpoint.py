@@ -1,15 +1,19 @@
 """A checkpoint folder -> our modules, in any scheme."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from methods.architecture import EMBEDDING, read_shape, transformer_shapes
+from methods.architecture import EMBEDDING, FUSED, GATE_UP, QKV, read_shape, stored_tensors
 from methods.transformer import MLP, Attention, Block, RMSNorm, Shape, Transformer
 from methods.weights import Weights, read_config
-from quant.scheme import QuantLinear, Scheme
+from quant.formats import Layout, Quantization, read_quantization
+from quant.scheme import QuantLinear, Scheme, stack
+from quant.stacked import StackedLinear
 
 
 def check_transformer(folder: Path) -> Shape:
@@ -17,12 +21,47 @@ def check_transformer(folder: Path) -> Shape:
     config = read_config(folder)
     if config.get("model_type") != "llama":
         raise ValueError(f"{folder}: model_type must be llama, got {config.get('model_type')!r}")
-    if "quantization_config" in config:
-        raise ValueError(f"{folder}: weights must be unquantised, got a quantization_config")
     shape = read_shape(config)
+    weights = Weights(folder)
+    quantization = _quantization(config, weights)
     ignored = {"lm_head.weight"} if shape.tied else set()
-    Weights(folder).require(transformer_shapes(shape), ignored=ignored)
+    try:
+        expected, optional = stored_tensors(shape, quantization)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    weights.require(expected, optional=optional, ignored=ignored)
     return shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What a folder's layers will be in. label, lm_head: for tables."""
+
+    scheme: Scheme
+    label: str
+    lm_head: str
+
+
+def stored_in(folder: Path, scheme: Scheme, lm_head: Scheme) -> Stored:
+    """Tell what a folder's layers will be in when these schemes are asked for.
+
+    Raises ValueError where layers are quantised already and another scheme is asked for.
+    """
+    quantization = _quantization(read_config(folder), Weights(folder))
+    if quantization is None:
+        return Stored(scheme=scheme, label=scheme.label, lm_head=lm_head.label)
+    output = quantization.layout("lm_head")
+    for asked, is_stored in ((scheme, True), (lm_head, output is not None)):
+        if is_stored and not asked.as_stored:
+            raise ValueError(
+                f"{folder}: layers are stored in {quantization.label}, so their scheme must be "
+                f"`checkpoint`, got {asked.label}"
+            )
+    return Stored(
+        scheme=quantization.scheme,
+        label=quantization.label,
+        lm_head=lm_head.label if output is None else output.scheme.label,
+    )
 
 
 class Packer:
@@ -35,9 +74,12 @@ class Packer:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        quantization: Quantization | None = None,
         absmax: Mapping[str, Tensor] | None = None,
     ) -> None:
+        """quantization: how the weights are stored, where they are not dense."""
         self.weights = weights
+        self.quantization = quantization
         self.scheme = scheme
         self.dtype = dtype
         self.device = device
@@ -46,7 +88,12 @@ class Packer:
     def of(self, scheme: Scheme) -> "Packer":
         """The same weights in another scheme."""
         return Packer(
-            self.weights, scheme, dtype=self.dtype, device=self.device, absmax=self.absmax
+            self.weights,
+            scheme,
+            dtype=self.dtype,
+            device=self.device,
+            quantization=self.quantization,
+            absmax=self.absmax,
         )
 
     def tensor(self, name: str) -> Tensor:
@@ -57,31 +104,59 @@ class Packer:
         """A norm by the name of its weight."""
         return RMSNorm(self.tensor(name), eps)
 
-    def linear(self, label: str, *names: str) -> QuantLinear:
-        """One layer from weights stacked along their outputs. label: its name in our model."""
-        stacked = torch.cat([self.tensor(name) for name in names])
+    def linear(self, label: str, *modules: str) -> QuantLinear:
+        """One layer from those of the file, stacked. label: its name in our model."""
+        stored = [self._stored(module) for module in modules]
         try:
-            stored = self.scheme.pack(stacked, self.absmax.get(label))
+            if any(layout is not None for layout, _ in stored):
+                return self._taken(stored).to(self.device)
+            whole = torch.cat([tensors["weight"] for _, tensors in stored])
+            packed = self.scheme.pack(whole, self.absmax.get(label))
+            return self.scheme.layer(packed).to(self.device)
         except ValueError as error:
             raise ValueError(f"{label} in {self.scheme.label}: {error}") from error
-        return self.scheme.layer(stored).to(self.device)
+
+    def _stored(self, module: str) -> tuple[Layout | None, dict[str, Tensor]]:
+        layout = None if self.quantization is None else self.quantization.layout(module)
+        if layout is None:
+            return None, {"weight": self.tensor(f"{module}.weight")}
+        start = f"{module}."
+        names = [name for name in self.weights if name.startswith(start)]
+        tensors = {name.removeprefix(start): self.weights[name] for name in names}
+        return layout, layout.read({k: t for k, t in tensors.items() if k != "bias"})
+
+    def _taken(self, stored: Sequence[tuple[Layout | None, dict[str, Tensor]]]) -> QuantLinear:
+        """Take layers as they are stored."""
+        assert self.scheme.as_stored, "checked by stored_in"
+        schemes = [self.scheme if layout is None else layout.scheme for layout, _ in stored]
+        parts = [tensors for _, tensors in stored]
+        if len(set(schemes)) == 1 and (whole := stack(parts)) is not None:
+            return schemes[0].layer(whole)
+        return StackedLinear(
+            [scheme.layer(part) for scheme, part in zip(schemes, parts, strict=True)]
+        )
 
     def attention(self, label: str, prefix: str, shape: Shape) -> Attention:
         """The attention of one decoder layer; its projections are fused, row by row unchanged."""
-        projections = [f"{prefix}self_attn.{x}_proj.weight" for x in "qkv"]
+        place = f"{prefix}self_attn."
         return Attention(
             shape,
-            qkv=self.linear(f"{label}.qkv", *projections),
-            out=self.linear(f"{label}.out", f"{prefix}self_attn.o_proj.weight"),
+            qkv=self.linear(f"{label}.qkv", *self._parts(place, QKV)),
+            out=self.linear(f"{label}.out", f"{place}o_proj"),
         )
 
     def mlp(self, label: str, prefix: str) -> MLP:
         """The feed-forward layer of one decoder layer."""
-        gate, up = f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"
+        place = f"{prefix}mlp."
         return MLP(
-            gate_up=self.linear(f"{label}.gate_up", gate, up),
-            down=self.linear(f"{label}.down", f"{prefix}mlp.down_proj.weight"),
+            gate_up=self.linear(f"{label}.gate_up", *self._parts(place, GATE_UP)),
+            down=self.linear(f"{label}.down", f"{place}down_proj"),
         )
+
+    def _parts(self, place: str, fused: str) -> list[str]:
+        if self.quantization is not None and self.quantization.fused:
+            return [place + fused]
+        return [place + part for part in FUSED[fused]]
 
 
 def build_transformer(shape: Shape, packer: Packer, lm_head: Scheme) -> Transformer:
@@ -103,7 +178,7 @@ def build_transformer(shape: Shape, packer: Packer, lm_head: Scheme) -> Transfor
         embedding=packer.tensor(EMBEDDING),
         blocks=blocks,
         norm=packer.norm("model.norm.weight", shape.norm_eps),
-        lm_head=head.linear("lm_head", _output_name(shape)),
+        lm_head=head.linear("lm_head", _output_module(shape)),
     ).eval()
 
 
@@ -118,7 +193,7 @@ def load_transformer(
 ) -> Transformer:
     """Read a Llama folder into a model whose linear layers are in `scheme`."""
     shape = check_transformer(folder)
-    packer = Packer(Weights(folder), scheme, dtype=dtype, device=device, absmax=absmax)
+    packer = open_packer(folder, scheme, dtype=dtype, device=device, absmax=absmax)
     return build_transformer(shape, packer, lm_head)
 
 
@@ -126,9 +201,32 @@ def load_lm_head(
     folder: Path, scheme: Scheme, *, dtype: torch.dtype, device: torch.device
 ) -> QuantLinear:
     """Read a Llama folder's output projection alone, in a scheme of its own."""
-    packer = Packer(Weights(folder), scheme, dtype=dtype, device=device)
-    return packer.linear("lm_head", _output_name(read_shape(read_config(folder))))
+    packer = open_packer(folder, scheme, dtype=dtype, device=device)
+    return packer.linear("lm_head", _output_module(read_shape(read_config(folder))))
 
 
-def _output_name(shape: Shape) -> str:
-    return EMBEDDING if shape.tied else "lm_head.weight"
+def open_packer(
+    folder: Path,
+    scheme: Scheme,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    absmax: Mapping[str, Tensor] | None = None,
+) -> Packer:
+    """Make a packer of a folder's weights, however they are stored."""
+    weights = Weights(folder)
+    quantization = _quantization(read_config(folder), weights)
+    return Packer(
+        weights, scheme, dtype=dtype, device=device, quantization=quantization, absmax=absmax
+    )
+
+
+def _quantization(config: Mapping[str, Any], weights: Weights) -> Quantization | None:
+    try:
+        return read_quantization(config, weights.keys())
+    except ValueError as error:
+        raise ValueError(f"{weights.folder}: {error}") from error
+
+
+def _output_module(shape: Shape) -> str:
+    return (EMBEDDING if shape.tied else "lm_head.weight").removesuffix(".weight")

@@ -108,7 +108,7 @@ class Eagle2(TreeRecipe):
         return Eagle2Head(
             shape,
             target=parts.target,
-            fc=packer.linear("fc", "fc.weight"),
+            fc=packer.linear("fc", "fc"),
             fc_bias=packer.tensor("fc.bias") if "fc.bias" in packer.weights else None,
             block=Block(
                 input_norm=nn.Identity(),

@@ -118,14 +118,14 @@ class Eagle3(TreeRecipe):
             shape,
             taps=_taps(config, folder, target.shape),
             target=target,
-            fc=packer.linear("fc", "fc.weight"),
+            fc=packer.linear("fc", "fc"),
             embedding_norm=packer.norm(f"{PREFIX}input_layernorm.weight", eps),
             hidden_norm=packer.norm(f"{PREFIX}hidden_norm.weight", eps),
             attention=packer.attention("attention", PREFIX, shape),
             mlp_norm=packer.norm(f"{PREFIX}post_attention_layernorm.weight", eps),
             mlp=packer.mlp("mlp", PREFIX),
             norm=packer.norm("norm.weight", eps),
-            lm_head=packer.of(parts.lm_head or parts.dense).linear("lm_head", "lm_head.weight"),
+            lm_head=packer.of(parts.lm_head or parts.dense).linear("lm_head", "lm_head"),
             offsets=weights["d2t"].to(target.device),
         ).eval()
 

@@ -4,12 +4,33 @@ Everything is checked before anything is allocated. Pickles are never opened her
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from quant.formats import Spec
+
+INDEX = "model.safetensors.index.json"
+# Written beside the weights by our own quantiser, and read by itself.
+ROTATION = "rotation.safetensors"
+# The names that safetensors gives dtypes.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class Weights(Mapping[str, Tensor]):
@@ -18,12 +39,22 @@ class Weights(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file_of: dict[str, Path] = {}
-        for path in _weight_files(folder):
+        indexed = _read_index(folder)
+        for path in _weight_files(folder, indexed):
             try:
                 with safe_open(path, framework="pt") as file:
-                    self._file_of.update(dict.fromkeys(file.keys(), path))
+                    names = set(file.keys())
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} must be a whole safetensors file: {error}") from error
+            if twice := names & self._file_of.keys():
+                raise ValueError(f"{folder} must hold a tensor once, got {_some(twice)} twice")
+            self._file_of.update(dict.fromkeys(names, path))
+        found = {name: path.name for name, path in self._file_of.items()}
+        if indexed is not None and (wrong := indexed.items() ^ found.items()):
+            shown = _some({name for name, _ in wrong})
+            raise ValueError(
+                f"{folder / INDEX} must name every tensor's file, got {shown} elsewhere or nowhere"
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         with safe_open(self._file_of[name], framework="pt") as file:
@@ -36,28 +67,51 @@ class Weights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._file_of)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
+    def spec(self, name: str) -> Spec:
+        """Dtype and shape of a tensor, without reading it."""
         with safe_open(self._file_of[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+            found = file.get_slice(name)
+            if found.get_dtype() not in DTYPES:
+                raise ValueError(
+                    f"{self.folder}: dtypes must be among {', '.join(DTYPES)}, "
+                    f"got {found.get_dtype()} for {name}"
+                )
+            return Spec(dtypes=(DTYPES[found.get_dtype()],), shape=tuple(found.get_shape()))
 
-    def require(self, expected: Mapping[str, tuple[int, ...]], *, ignored: set[str]) -> None:
+    def require(
+        self,
+        expected: Mapping[str, tuple[int, ...] | Spec],
+        *,
+        optional: Mapping[str, tuple[int, ...] | Spec] | None = None,
+        ignored: Set[str] = frozenset(),
+    ) -> None:
         """Check that the folder holds exactly these tensors, or raise ValueError.
 
-        ignored: names that may stand there besides.
+        A shape alone admits every dtype. optional: tensors that may stand there besides, in this
+        form. ignored: names that may, in any.
         """
+        optional = optional or {}
         missing = expected.keys() - self.keys()
-        extra = self.keys() - expected.keys() - ignored
+        extra = self.keys() - expected.keys() - optional.keys() - ignored
         if missing or extra:
             raise ValueError(
                 f"{self.folder} must hold the tensors of its config.json: "
                 f"missing {_some(missing)}, superfluous {_some(extra)}"
             )
-        for name, shape in expected.items():
-            if self.shape(name) != shape:
-                raise ValueError(
-                    f"{self.folder}: {name} must be {list(shape)}, got {list(self.shape(name))}"
-                )
+        for name, wanted in {**optional, **expected}.items():
+            if name in self:
+                self._require_spec(name, wanted)
+
+    def _require_spec(self, name: str, wanted: tuple[int, ...] | Spec) -> None:
+        found = self.spec(name)
+        shape = wanted.shape if isinstance(wanted, Spec) else wanted
+        if found.shape != shape:
+            raise ValueError(
+                f"{self.folder}: {name} must be {list(shape)}, got {list(found.shape)}"
+            )
+        if isinstance(wanted, Spec) and found.dtypes[0] not in wanted.dtypes:
+            dtypes = " or ".join(str(dtype) for dtype in wanted.dtypes)
+            raise ValueError(f"{self.folder}: {name} must be {dtypes}, got {found.dtypes[0]}")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -74,17 +128,39 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        paths = [folder / "model.safetensors"]
-    else:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        paths = [folder / name for name in sorted(set(named))]
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Which file holds which tensor; None where there is no index."""
+    path = folder / INDEX
+    if not path.is_file():
+        return None
+    try:
+        named = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in named.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} must be JSON with a weight_map: {error!r}") from error
+
+
+def _weight_files(folder: Path, indexed: Mapping[str, str] | None) -> list[Path]:
+    if indexed is None:
+        return [_only_file(folder)]
+    paths = [folder / name for name in sorted(set(indexed.values()))]
     for path in paths:
-        if not path.is_file():
+        if path.parent != folder or not path.is_file():
             raise ValueError(f"{folder} must hold {path.name}, found none")
     return paths
+
+
+def _only_file(folder: Path) -> Path:
+    """The one file of weights, whatever its name; several without an index may lack a shard."""
+    found = [path for path in sorted(folder.glob("*.safetensors")) if path.name != ROTATION]
+    whole = folder / "model.safetensors"
+    if whole in found:
+        return whole
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{folder} must hold {INDEX} for its {len(found)} files, found none")
+    raise ValueError(f"{folder} must hold {whole.name}, found none")
 
 
 def _some(names: set[str]) -> str:

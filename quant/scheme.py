@@ -4,7 +4,7 @@ Letters: n tokens, K in-features, N out-features.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -50,7 +50,13 @@ class QuantLinear(nn.Module, ABC):
 
 
 class Scheme(ABC):
-    """A number format. Concrete schemes are frozen, keyword-only dataclasses of plain values."""
+    """A number format. Concrete schemes are frozen, keyword-only dataclasses of plain values.
+
+    Stored tensors have one row for each output, [N, ...], but for those named in `per_input`,
+    [K], which are the same for all.
+    """
+
+    per_input: ClassVar[frozenset[str]] = frozenset({"smooth", "order"})
 
     @property
     @abstractmethod
@@ -65,6 +71,11 @@ class Scheme(ABC):
     @property
     def needs_absmax(self) -> bool:
         """Whether `pack` wants the largest magnitude of each input channel."""
+        return False
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether layers that a checkpoint holds quantised are taken as they are."""
         return False
 
     @abstractmethod
@@ -82,6 +93,31 @@ class Scheme(ABC):
 
         Raises ValueError on missing, superfluous or misshapen tensors.
         """
+
+
+def rows(stored: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """Cut some outputs out of stored tensors."""
+    return {k: t if k in Scheme.per_input else t[start:stop] for k, t in stored.items()}
+
+
+def stack(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+    """Join layers of one scheme and the same inputs, outputs under outputs.
+
+    None where that is impossible: they differ in what is stored, or in how inputs are treated.
+    """
+    first = parts[0]
+    if any(part.keys() != first.keys() for part in parts):
+        return None
+    joined = {}
+    for name in first:
+        tensors = [part[name] for part in parts]
+        if name not in Scheme.per_input:
+            joined[name] = torch.cat(tensors)
+        elif all(torch.equal(tensors[0], tensor) for tensor in tensors):
+            joined[name] = tensors[0]
+        else:
+            return None
+    return joined
 
 
 def take(stored: Mapping[str, Tensor], required: set[str], optional: set[str]) -> None:
