@@ -7,7 +7,8 @@ from pathlib import Path
 from bench import text
 from bench.config import Config, Costing
 from bench.task import Prompt, Task, encode
-from methods.checkpoint import Weights, check_transformer, read_config
+from methods.checkpoint import check_transformer, stored_in
+from methods.weights import Weights, read_config
 
 TOKENIZER = "tokenizer.json"
 
@@ -46,8 +47,11 @@ def check_quality(config: Config, positions: int) -> None:
         return
     try:
         shape = check_transformer(config.reference)
+        stored_in(config.reference, config.schemes.dense, config.schemes.dense)
     except ValueError as error:
-        raise ValueError(f"quality.reference must be a dense checkpoint: {error}") from error
+        raise ValueError(
+            f"quality.reference must be a dense checkpoint, or quality.kl false: {error}"
+        ) from error
     if evaluation.window > shape.max_positions:
         raise ValueError(
             f"quality.window must be within {config.reference}'s {shape.max_positions} positions, "
@@ -94,7 +98,10 @@ def check_fit(config: Config, folders: Sequence[Path]) -> None:
     asking = [s for s in (config.schemes.draft, config.schemes.draft_lm_head) if s]
     if any(s.needs_absmax for s in asking) and any(_vocabulary(f) is None for f in folders):
         raise ValueError("draft heads cannot be calibrated: draft schemes must not need it")
+    schemes = config.schemes
     for folder in folders:
+        if _vocabulary(folder) is not None:  # a smaller model, not a head
+            stored_in(folder, schemes.draft, schemes.draft_lm_head or schemes.dense)
         if _vocabulary(folder) not in (None, _vocabulary(family.target)):
             raise ValueError(f"{folder}: the vocabulary must be that of {family.target}")
 

@@ -22,6 +22,8 @@ from bench.config import DRAFT_LM_HEAD, DRAFT_SCHEME, Config, door_of, parse, re
 from bench.identity import IRRELEVANT, WeightHashes, code_hash, config_hash, digest
 from bench.record import COST, QUALITY, VANILLA, Cell
 from bench.task import Prompt, Task, load
+from methods.checkpoint import Stored, stored_in
+from quant.scheme import Scheme
 
 HASHES = ".hashes.json"  # of results_dir
 
@@ -46,6 +48,7 @@ class Planned:
     calibrated: bool
     problem: str
     asked: bool
+    stored: Stored
 
     @property
     def folder(self) -> Path:
@@ -103,6 +106,9 @@ class Planner:
         positions = self._once(
             f"target {family.target} {context}", lambda: check.check_target(family.target, context)
         )
+        stored = self._stored(family.target, config.schemes.target, config.schemes.lm_head)
+        if config.schemes.target.as_stored:  # several folders may be compared in one campaign
+            choice = choice.less(quant=stored.label)
         if config.cost is not None:
             check.check_contexts(config.cost, positions)
         if config.quality is not None:
@@ -134,6 +140,12 @@ class Planner:
             calibrated=check.check_calibration(config, drafts=bool(folders)),
             problem=problem,
             asked=asked,
+            stored=stored,
+        )
+
+    def _stored(self, folder: Path, scheme: Scheme, lm_head: Scheme) -> Stored:
+        return self._once(
+            f"stored {folder} {scheme} {lm_head}", lambda: stored_in(folder, scheme, lm_head)
         )
 
     def _block(self, cells: list[Planned]) -> Block:
@@ -156,22 +168,22 @@ class Planner:
 
     def _arm(self, planned: Planned, hashes: WeightHashes) -> Arm:
         config, choice = planned.config, planned.choice
-        settings, schemes, text = config.settings, config.schemes, config.model.calibration
+        settings, text = config.settings, config.model.calibration
         modules = sorted(target_modules(planned.tree))
         cell = Cell(
             door=door_of(planned.tree),
             model=choice.label("model"),
             weights=config.model.weights,
-            scheme=schemes.target.label,
-            lm_head=schemes.lm_head.label,
-            draft_scheme=_draft_label(planned),
+            scheme=planned.stored.label,
+            lm_head=planned.stored.lm_head,
+            draft_scheme=self._draft_label(planned),
             method=choice.less(f"method.{DRAFT_SCHEME}", f"method.{DRAFT_LM_HEAD}").label("method"),
             task=choice.label("task"),
             block=choice.block,
             device=settings.device,
             dtype=settings.dtype,
             temperature=settings.temperature,
-            tie_threshold_nats=settings.tie_threshold(schemes.target),
+            tie_threshold_nats=settings.tie_threshold(planned.stored.scheme),
             config_hash=config_hash(planned.tree, planned.data),
             code_hash=self._once(f"code {modules}", lambda: code_hash([self._module, *modules])),
             weight_hashes=hashes.of(
@@ -179,6 +191,16 @@ class Planner:
             ),
         )
         return Arm(folder=planned.folder, cell=cell, config=planned.tree, problem=planned.problem)
+
+    def _draft_label(self, planned: Planned) -> str:
+        """The drafter's scheme, and that of its own lm_head where there is one."""
+        if DRAFT_SCHEME not in planned.tree["method"]:
+            return ""
+        schemes, small = planned.config.schemes, planned.config.model.family.small
+        draft, lm_head = schemes.draft.label, schemes.draft_lm_head
+        if schemes.draft.as_stored and small is not None and small.target in planned.folders:
+            draft = self._stored(small.target, schemes.draft, lm_head or schemes.dense).label
+        return draft if lm_head is None else f"{draft}+lm_head:{lm_head.label}"
 
     def _check_data(self, cell: Planned) -> None:
         """Check the prompts or the text by the tokenizer; costs take what there is of a text."""
@@ -214,11 +236,3 @@ class Planner:
 def _references(config: Config) -> list[Path]:
     """The dense model that a target is held against, where it is."""
     return [config.reference] if config.quality is not None and config.quality.kl else []
-
-
-def _draft_label(planned: Planned) -> str:
-    """The drafter's scheme, and that of its own lm_head where there is one."""
-    if DRAFT_SCHEME not in planned.tree["method"]:
-        return ""
-    draft, lm_head = planned.config.schemes.draft, planned.config.schemes.draft_lm_head
-    return draft.label if lm_head is None else f"{draft.label}+lm_head:{lm_head.label}"

@@ -1,109 +1,19 @@
-"""A checkpoint folder -> our modules: Hugging Face names and shapes, read from safetensors.
+"""A checkpoint folder -> our modules, in any scheme."""
 
-Everything is checked before anything is allocated: files, configuration, the presence and the
-shape of every tensor. Pickles are never opened here.
-"""
-
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from methods.rope import Rope
+from methods.architecture import EMBEDDING, FUSED, GATE_UP, QKV, read_shape, stored_tensors
 from methods.transformer import MLP, Attention, Block, RMSNorm, Shape, Transformer
-from quant.scheme import QuantLinear, Scheme
-
-EMBEDDING = "model.embed_tokens.weight"
-
-
-class Weights(Mapping[str, Tensor]):
-    """The tensors of a folder, by name; each is read when it is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file_of: dict[str, Path] = {}
-        for path in _weight_files(folder):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self._file_of.update(dict.fromkeys(file.keys(), path))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} must be a whole safetensors file: {error}") from error
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-        with safe_open(self._file_of[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
-
-    def require(self, expected: Mapping[str, tuple[int, ...]], *, ignored: set[str]) -> None:
-        """Check that the folder holds exactly these tensors, or raise ValueError.
-
-        ignored: names that may stand there besides.
-        """
-        missing = expected.keys() - self.keys()
-        extra = self.keys() - expected.keys() - ignored
-        if missing or extra:
-            raise ValueError(
-                f"{self.folder} must hold the tensors of its config.json: "
-                f"missing {_some(missing)}, superfluous {_some(extra)}"
-            )
-        for name, shape in expected.items():
-            if self.shape(name) != shape:
-                raise ValueError(
-                    f"{self.folder}: {name} must be {list(shape)}, got {list(self.shape(name))}"
-                )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json, or raise ValueError naming the folder."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} must be a checkpoint folder with a config.json, found none")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must be a JSON object, got {type(config).__name__}")
-    return config
-
-
-def read_shape(config: Mapping[str, Any]) -> Shape:
-    """Take the sizes from a Llama configuration, or raise ValueError naming the key."""
-    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        if config.get(key, plain) != plain:
-            raise ValueError(f"config.json: {key} must be {plain}, got {config[key]}")
-    try:
-        heads = config["num_attention_heads"]
-        return Shape(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            norm_eps=config["rms_norm_eps"],
-            max_positions=config["max_position_embeddings"],
-            rope=_read_rope(config),
-            tied=bool(config.get("tie_word_embeddings")),
-        )
-    except KeyError as error:
-        raise ValueError(f"config.json must have {error}") from error
+from methods.weights import Weights, read_config
+from quant.formats import Layout, Quantization, read_quantization
+from quant.scheme import QuantLinear, Scheme, stack
+from quant.stacked import StackedLinear
 
 
 def check_transformer(folder: Path) -> Shape:
@@ -111,41 +21,47 @@ def check_transformer(folder: Path) -> Shape:
     config = read_config(folder)
     if config.get("model_type") != "llama":
         raise ValueError(f"{folder}: model_type must be llama, got {config.get('model_type')!r}")
-    if "quantization_config" in config:
-        raise ValueError(f"{folder}: weights must be unquantised, got a quantization_config")
     shape = read_shape(config)
+    weights = Weights(folder)
+    quantization = _quantization(config, weights)
     ignored = {"lm_head.weight"} if shape.tied else set()
-    Weights(folder).require(transformer_shapes(shape), ignored=ignored)
+    try:
+        expected, optional = stored_tensors(shape, quantization)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    weights.require(expected, optional=optional, ignored=ignored)
     return shape
 
 
-def transformer_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Llama checkpoint, by its published name."""
-    hidden = shape.hidden_size
-    expected = {EMBEDDING: (shape.vocab_size, hidden), "model.norm.weight": (hidden,)}
-    if not shape.tied:
-        expected["lm_head.weight"] = (shape.vocab_size, hidden)
-    for layer in range(shape.num_layers):
-        prefix = f"model.layers.{layer}."
-        expected |= block_shapes(prefix, shape, attention_in=hidden)
-        expected[f"{prefix}input_layernorm.weight"] = (hidden,)
-    return expected
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What a folder's layers will be in. label, lm_head: for tables."""
+
+    scheme: Scheme
+    label: str
+    lm_head: str
 
 
-def block_shapes(prefix: str, shape: Shape, *, attention_in: int) -> dict[str, tuple[int, ...]]:
-    """The tensors that every decoder layer has, also an EAGLE head's."""
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    return {
-        f"{prefix}self_attn.q_proj.weight": (queries, attention_in),
-        f"{prefix}self_attn.k_proj.weight": (keys, attention_in),
-        f"{prefix}self_attn.v_proj.weight": (keys, attention_in),
-        f"{prefix}self_attn.o_proj.weight": (hidden, queries),
-        f"{prefix}mlp.gate_proj.weight": (inner, hidden),
-        f"{prefix}mlp.up_proj.weight": (inner, hidden),
-        f"{prefix}mlp.down_proj.weight": (hidden, inner),
-        f"{prefix}post_attention_layernorm.weight": (hidden,),
-    }
+def stored_in(folder: Path, scheme: Scheme, lm_head: Scheme) -> Stored:
+    """Tell what a folder's layers will be in when these schemes are asked for.
+
+    Raises ValueError where layers are quantised already and another scheme is asked for.
+    """
+    quantization = _quantization(read_config(folder), Weights(folder))
+    if quantization is None:
+        return Stored(scheme=scheme, label=scheme.label, lm_head=lm_head.label)
+    output = quantization.layout("lm_head")
+    for asked, is_stored in ((scheme, True), (lm_head, output is not None)):
+        if is_stored and not asked.as_stored:
+            raise ValueError(
+                f"{folder}: layers are stored in {quantization.label}, so their scheme must be "
+                f"`checkpoint`, got {asked.label}"
+            )
+    return Stored(
+        scheme=quantization.scheme,
+        label=quantization.label,
+        lm_head=lm_head.label if output is None else output.scheme.label,
+    )
 
 
 class Packer:
@@ -158,9 +74,12 @@ class Packer:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        quantization: Quantization | None = None,
         absmax: Mapping[str, Tensor] | None = None,
     ) -> None:
+        """quantization: how the weights are stored, where they are not dense."""
         self.weights = weights
+        self.quantization = quantization
         self.scheme = scheme
         self.dtype = dtype
         self.device = device
@@ -169,7 +88,12 @@ class Packer:
     def of(self, scheme: Scheme) -> "Packer":
         """The same weights in another scheme."""
         return Packer(
-            self.weights, scheme, dtype=self.dtype, device=self.device, absmax=self.absmax
+            self.weights,
+            scheme,
+            dtype=self.dtype,
+            device=self.device,
+            quantization=self.quantization,
+            absmax=self.absmax,
         )
 
     def tensor(self, name: str) -> Tensor:
@@ -180,31 +104,59 @@ class Packer:
         """A norm by the name of its weight."""
         return RMSNorm(self.tensor(name), eps)
 
-    def linear(self, label: str, *names: str) -> QuantLinear:
-        """One layer from weights stacked along their outputs. label: its name in our model."""
-        stacked = torch.cat([self.tensor(name) for name in names])
+    def linear(self, label: str, *modules: str) -> QuantLinear:
+        """One layer from those of the file, stacked. label: its name in our model."""
+        stored = [self._stored(module) for module in modules]
         try:
-            stored = self.scheme.pack(stacked, self.absmax.get(label))
+            if any(layout is not None for layout, _ in stored):
+                return self._taken(stored).to(self.device)
+            whole = torch.cat([tensors["weight"] for _, tensors in stored])
+            packed = self.scheme.pack(whole, self.absmax.get(label))
+            return self.scheme.layer(packed).to(self.device)
         except ValueError as error:
             raise ValueError(f"{label} in {self.scheme.label}: {error}") from error
-        return self.scheme.layer(stored).to(self.device)
+
+    def _stored(self, module: str) -> tuple[Layout | None, dict[str, Tensor]]:
+        layout = None if self.quantization is None else self.quantization.layout(module)
+        if layout is None:
+            return None, {"weight": self.tensor(f"{module}.weight")}
+        start = f"{module}."
+        names = [name for name in self.weights if name.startswith(start)]
+        tensors = {name.removeprefix(start): self.weights[name] for name in names}
+        return layout, layout.read({k: t for k, t in tensors.items() if k != "bias"})
+
+    def _taken(self, stored: Sequence[tuple[Layout | None, dict[str, Tensor]]]) -> QuantLinear:
+        """Take layers as they are stored."""
+        assert self.scheme.as_stored, "checked by stored_in"
+        schemes = [self.scheme if layout is None else layout.scheme for layout, _ in stored]
+        parts = [tensors for _, tensors in stored]
+        if len(set(schemes)) == 1 and (whole := stack(parts)) is not None:
+            return schemes[0].layer(whole)
+        return StackedLinear(
+            [scheme.layer(part) for scheme, part in zip(schemes, parts, strict=True)]
+        )
 
     def attention(self, label: str, prefix: str, shape: Shape) -> Attention:
         """The attention of one decoder layer; its projections are fused, row by row unchanged."""
-        projections = [f"{prefix}self_attn.{x}_proj.weight" for x in "qkv"]
+        place = f"{prefix}self_attn."
         return Attention(
             shape,
-            qkv=self.linear(f"{label}.qkv", *projections),
-            out=self.linear(f"{label}.out", f"{prefix}self_attn.o_proj.weight"),
+            qkv=self.linear(f"{label}.qkv", *self._parts(place, QKV)),
+            out=self.linear(f"{label}.out", f"{place}o_proj"),
         )
 
     def mlp(self, label: str, prefix: str) -> MLP:
         """The feed-forward layer of one decoder layer."""
-        gate, up = f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"
+        place = f"{prefix}mlp."
         return MLP(
-            gate_up=self.linear(f"{label}.gate_up", gate, up),
-            down=self.linear(f"{label}.down", f"{prefix}mlp.down_proj.weight"),
+            gate_up=self.linear(f"{label}.gate_up", *self._parts(place, GATE_UP)),
+            down=self.linear(f"{label}.down", f"{place}down_proj"),
         )
+
+    def _parts(self, place: str, fused: str) -> list[str]:
+        if self.quantization is not None and self.quantization.fused:
+            return [place + fused]
+        return [place + part for part in FUSED[fused]]
 
 
 def build_transformer(shape: Shape, packer: Packer, lm_head: Scheme) -> Transformer:
@@ -226,7 +178,7 @@ def build_transformer(shape: Shape, packer: Packer, lm_head: Scheme) -> Transfor
         embedding=packer.tensor(EMBEDDING),
         blocks=blocks,
         norm=packer.norm("model.norm.weight", shape.norm_eps),
-        lm_head=head.linear("lm_head", _output_name(shape)),
+        lm_head=head.linear("lm_head", _output_module(shape)),
     ).eval()
 
 
@@ -241,7 +193,7 @@ def load_transformer(
 ) -> Transformer:
     """Read a Llama folder into a model whose linear layers are in `scheme`."""
     shape = check_transformer(folder)
-    packer = Packer(Weights(folder), scheme, dtype=dtype, device=device, absmax=absmax)
+    packer = open_packer(folder, scheme, dtype=dtype, device=device, absmax=absmax)
     return build_transformer(shape, packer, lm_head)
 
 
@@ -249,44 +201,32 @@ def load_lm_head(
     folder: Path, scheme: Scheme, *, dtype: torch.dtype, device: torch.device
 ) -> QuantLinear:
     """Read a Llama folder's output projection alone, in a scheme of its own."""
-    packer = Packer(Weights(folder), scheme, dtype=dtype, device=device)
-    return packer.linear("lm_head", _output_name(read_shape(read_config(folder))))
+    packer = open_packer(folder, scheme, dtype=dtype, device=device)
+    return packer.linear("lm_head", _output_module(read_shape(read_config(folder))))
 
 
-def _output_name(shape: Shape) -> str:
-    return EMBEDDING if shape.tied else "lm_head.weight"
+def open_packer(
+    folder: Path,
+    scheme: Scheme,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    absmax: Mapping[str, Tensor] | None = None,
+) -> Packer:
+    """Make a packer of a folder's weights, however they are stored."""
+    weights = Weights(folder)
+    quantization = _quantization(read_config(folder), weights)
+    return Packer(
+        weights, scheme, dtype=dtype, device=device, quantization=quantization, absmax=absmax
+    )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        paths = [folder / "model.safetensors"]
-    else:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        paths = [folder / name for name in sorted(set(named))]
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{folder} must hold {path.name}, found none")
-    return paths
+def _quantization(config: Mapping[str, Any], weights: Weights) -> Quantization | None:
+    try:
+        return read_quantization(config, weights.keys())
+    except ValueError as error:
+        raise ValueError(f"{weights.folder}: {error}") from error
 
 
-def _read_rope(config: Mapping[str, Any]) -> Rope:
-    values = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = values.get("rope_type", values.get("type", "default"))
-    theta = values.get("rope_theta", config.get("rope_theta", 10000.0))
-    if kind == "default":
-        return Rope(theta=theta)
-    if kind == "llama3":
-        return Rope(
-            theta=theta,
-            factor=values["factor"],
-            low_freq_factor=values["low_freq_factor"],
-            high_freq_factor=values["high_freq_factor"],
-            original_max_positions=values["original_max_position_embeddings"],
-        )
-    raise ValueError(f"config.json: rope type must be default or llama3, got {kind!r}")
-
-
-def _some(names: set[str]) -> str:
-    shown = ", ".join(sorted(names)[:3]) or "none"
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+def _output_module(shape: Shape) -> str:
+    return (EMBEDDING if shape.tied else "lm_head.weight").removesuffix(".weight")

@@ -11,18 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from methods.checkpoint import (
-    Packer,
-    Weights,
-    block_shapes,
-    load_lm_head,
-    read_config,
-    read_shape,
-)
+from methods.architecture import block_shapes, read_shape
+from methods.checkpoint import Packer, load_lm_head
 from methods.grow import Head, TreeRecipe, head_shape
 from methods.kv import KVCache
 from methods.recipe import Family, Parts
 from methods.transformer import Block, Shape, Transformer
+from methods.weights import Weights, read_config
 from quant.scheme import QuantLinear
 
 NAME = "eagle2"
@@ -113,7 +108,7 @@ class Eagle2(TreeRecipe):
         return Eagle2Head(
             shape,
             target=parts.target,
-            fc=packer.linear("fc", "fc.weight"),
+            fc=packer.linear("fc", "fc"),
             fc_bias=packer.tensor("fc.bias") if "fc.bias" in packer.weights else None,
             block=Block(
                 input_norm=nn.Identity(),

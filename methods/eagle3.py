@@ -13,17 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.checkpoint import (
-    Packer,
-    Weights,
-    block_shapes,
-    read_config,
-    read_shape,
-)
+from methods.architecture import block_shapes, read_shape
+from methods.checkpoint import Packer
 from methods.grow import Head, TreeRecipe, head_shape
 from methods.kv import KVCache
 from methods.recipe import Family, Parts
 from methods.transformer import MLP, Attention, RMSNorm, Shape, Transformer
+from methods.weights import Weights, read_config
 from quant.scheme import QuantLinear
 
 NAME = "eagle3"
@@ -122,14 +118,14 @@ class Eagle3(TreeRecipe):
             shape,
             taps=_taps(config, folder, target.shape),
             target=target,
-            fc=packer.linear("fc", "fc.weight"),
+            fc=packer.linear("fc", "fc"),
             embedding_norm=packer.norm(f"{PREFIX}input_layernorm.weight", eps),
             hidden_norm=packer.norm(f"{PREFIX}hidden_norm.weight", eps),
             attention=packer.attention("attention", PREFIX, shape),
             mlp_norm=packer.norm(f"{PREFIX}post_attention_layernorm.weight", eps),
             mlp=packer.mlp("mlp", PREFIX),
             norm=packer.norm("norm.weight", eps),
-            lm_head=packer.of(parts.lm_head or parts.dense).linear("lm_head", "lm_head.weight"),
+            lm_head=packer.of(parts.lm_head or parts.dense).linear("lm_head", "lm_head"),
             offsets=weights["d2t"].to(target.device),
         ).eval()
 

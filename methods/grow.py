@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from methods.architecture import read_shape
 from methods.attention import visible
-from methods.checkpoint import check_transformer, read_config, read_shape
+from methods.checkpoint import check_transformer
 from methods.decode import PREFILL_CHUNK, Drafter, State
 from methods.kv import KVCache
 from methods.recipe import Family, Parts, Recipe
 from methods.transformer import Shape, Transformer
 from methods.tree import Tree
+from methods.weights import read_config
 
 MAX_DEPTH = 64
 MAX_NODES = 1024

@@ -220,8 +220,12 @@ class Transformer(nn.Module):
 
     @property
     def linears(self) -> dict[str, QuantLinear]:
-        """Every quantisable layer by its name."""
-        return {n: m for n, m in self.named_modules() if isinstance(m, QuantLinear)}
+        """Every quantisable layer by its name; the parts of a stacked one are not told apart."""
+        found: dict[str, QuantLinear] = {}
+        for name, module in self.named_modules():  # a module comes before what it holds
+            if isinstance(module, QuantLinear) and not any(name.startswith(f"{f}.") for f in found):
+                found[name] = module
+        return found
 
     @property
     def weight_bytes(self) -> int:

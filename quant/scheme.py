@@ -4,11 +4,16 @@ Letters: n tokens, K in-features, N out-features.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+
+from quant.lattice import Lattice
+
+# What `pack` stores is one of these, a foreign checkpoint may bring any: bfloat16 is common.
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class QuantLinear(nn.Module, ABC):
@@ -50,7 +55,13 @@ class QuantLinear(nn.Module, ABC):
 
 
 class Scheme(ABC):
-    """A number format. Concrete schemes are frozen, keyword-only dataclasses of plain values."""
+    """A number format. Concrete schemes are frozen, keyword-only dataclasses of plain values.
+
+    Stored tensors have one row for each output, [N, ...], but for those named in `per_input`,
+    [K], which are the same for all.
+    """
+
+    per_input: ClassVar[frozenset[str]] = frozenset({"smooth", "order"})
 
     @property
     @abstractmethod
@@ -67,14 +78,23 @@ class Scheme(ABC):
         """Whether `pack` wants the largest magnitude of each input channel."""
         return False
 
+    @property
+    def as_stored(self) -> bool:
+        """Whether layers that a checkpoint holds quantised are taken as they are."""
+        return False
+
     @abstractmethod
-    def pack(self, weight: Tensor, absmax: Tensor | None = None) -> dict[str, Tensor]:
-        """Round a weight to the nearest representable one.
+    def lattice(self, weight: Tensor, absmax: Tensor | None = None) -> Lattice:
+        """Give the values that the format can store around a weight.
 
         weight: [N, K] floating point. absmax: [K], largest |x| seen per input channel, for
         schemes that move activation outliers into the weight (SmoothQuant).
-        Raises ValueError when the shape does not fit the format.
+        Raises ValueError when the shape does not fit the format, or it rounds nothing.
         """
+
+    def pack(self, weight: Tensor, absmax: Tensor | None = None) -> dict[str, Tensor]:
+        """Round a weight to the nearest representable one. Arguments and errors as `lattice`."""
+        return self.lattice(weight, absmax).nearest()
 
     @abstractmethod
     def layer(self, stored: Mapping[str, Tensor]) -> QuantLinear:
@@ -82,6 +102,31 @@ class Scheme(ABC):
 
         Raises ValueError on missing, superfluous or misshapen tensors.
         """
+
+
+def rows(stored: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    """Cut some outputs out of stored tensors."""
+    return {k: t if k in Scheme.per_input else t[start:stop] for k, t in stored.items()}
+
+
+def stack(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+    """Join layers of one scheme and the same inputs, outputs under outputs.
+
+    None where that is impossible: they differ in what is stored, or in how inputs are treated.
+    """
+    first = parts[0]
+    if any(part.keys() != first.keys() for part in parts):
+        return None
+    joined = {}
+    for name in first:
+        tensors = [part[name] for part in parts]
+        if name not in Scheme.per_input:
+            joined[name] = torch.cat(tensors)
+        elif all(torch.equal(tensors[0], tensor) for tensor in tensors):
+            joined[name] = tensors[0]
+        else:
+            return None
+    return joined
 
 
 def take(stored: Mapping[str, Tensor], required: set[str], optional: set[str]) -> None:
@@ -97,23 +142,28 @@ def take(stored: Mapping[str, Tensor], required: set[str], optional: set[str]) -
 
 
 def stored_tensor(
-    stored: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]
+    stored: Mapping[str, Tensor],
+    name: str,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
 ) -> Tensor:
     """Give one stored tensor, contiguous and alone in its memory, or raise ValueError.
 
-    shape: -1 stands for any positive size. A tensor that is a piece of a larger one is copied, or
-    it would keep the larger one alive and `weight_bytes` would count it.
+    dtype: several where any of them will do. shape: -1 stands for any positive size. A tensor that
+    is a piece of a larger one is copied, or it would keep the larger one alive and `weight_bytes`
+    would count it.
     """
     tensor = stored[name]
     fits = len(shape) == tensor.ndim and all(
         size == want or (want == -1 and size > 0)
         for size, want in zip(tensor.shape, shape, strict=True)
     )
-    if tensor.dtype != dtype or not fits:
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    if tensor.dtype not in dtypes or not fits:
         wanted = ", ".join("any" if size == -1 else str(size) for size in shape)
         raise ValueError(
-            f"{name} must be {dtype} of shape [{wanted}], got {tensor.dtype} "
-            f"of shape {list(tensor.shape)}"
+            f"{name} must be {' or '.join(map(str, dtypes))} of shape [{wanted}], "
+            f"got {tensor.dtype} of shape {list(tensor.shape)}"
         )
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

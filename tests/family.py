@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from methods import eagle2, eagle3
-from methods.checkpoint import read_shape, transformer_shapes
+from methods.architecture import read_shape, transformer_shapes
 from methods.recipe import Family
 
 VOCAB = 96

@@ -65,10 +65,14 @@ def targets(group: str) -> set[str]:
 
 
 @pytest.mark.parametrize("package", ["bench", "methods"])
-def test_nobody_imports_a_concrete_scheme(package: str) -> None:
+def test_nobody_imports_a_concrete_scheme_or_format(package: str) -> None:
+    fronts = {"quant", "quant.scheme", "quant.stacked", "quant.formats"}
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "quant").rglob("*.py")
+    }
     for path in (ROOT / package).rglob("*.py"):
-        own = {name for name in imported(path) if name.startswith("quant.")}
-        assert {name for name in own if not name.startswith("quant.scheme")} == set(), path.name
+        assert imported(path) & (modules - fronts) == set(), path.name
 
 
 @pytest.mark.parametrize("module", sorted(targets("method")))

@@ -92,7 +92,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(folder: Path) -> None:
     ("changes", "message"),
     [
         ({"model_type": "mixtral"}, "model_type must be llama, got 'mixtral'"),
-        ({"quantization_config": {}}, "weights must be unquantised"),
+        ({"quantization_config": {}}, "quant_method must be one of .*, got None"),
         ({"attention_bias": True}, "attention_bias must be False, got True"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu, got gelu"),
         (

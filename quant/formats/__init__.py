@@ -1,0 +1,42 @@
+"""How toolkits store quantised linear layers, and which of our schemes computes with them.
+
+    quantization = read_quantization(config, names)         # of a checkpoint folder
+    layout = quantization.layout("model.layers.0.mlp.down_proj")
+    stored = layout.read({suffix: tensor, ...})             # tensors that layout.scheme understands
+    layout.scheme.layer(stored).dequantize()                # the toolkit's own weight, bit for bit
+
+One file a toolkit's family of layouts. What a toolkit can write and no scheme here can compute is
+refused by name; nothing is approximated.
+
+Letters: K in-features, N out-features.
+"""
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+from quant.formats.layout import Layout, Quantization, Spec
+from quant.formats.native import read_native
+
+__all__ = ["Layout", "Quantization", "Spec", "read_quantization"]
+
+READERS = {"specquant": read_native}
+
+
+def read_quantization(config: Mapping[str, Any], names: Set[str]) -> Quantization | None:
+    """Read how a checkpoint's layers are stored; None where they are dense.
+
+    config: of config.json. names: of every tensor in the folder. ValueError, naming it, on a
+    format or a variant of one that no scheme computes.
+    """
+    values = config.get("quantization_config")
+    if values is None:
+        return None
+    if not isinstance(values, Mapping):
+        raise ValueError(f"quantization_config must be an object, got {values!r}")
+    method = values.get("quant_method")
+    if method not in READERS:
+        raise ValueError(
+            f"quantization_config: quant_method must be one of {', '.join(sorted(READERS))}, "
+            f"got {method!r}"
+        )
+    return READERS[method](values)
