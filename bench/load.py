@@ -9,7 +9,7 @@ import transformers
 
 from bench.config import Config, Schemes, Settings
 from methods.calibrate import load_calibrated
-from methods.checkpoint import check_transformer
+from methods.checkpoint import check_transformer, stored_in
 from methods.decode import Method
 from methods.recipe import Parts
 from methods.transformer import Transformer
@@ -62,8 +62,11 @@ class Loader:
 
     def dense(self, folder: Path) -> Transformer:
         """Load a model unquantised; the target itself where that is what it is."""
-        schemes = self._schemes
-        return self._load(folder, schemes, schemes.dense, schemes.dense)
+        schemes, plain = self._schemes, self._schemes.dense
+        stored = stored_in(folder, schemes.target, schemes.lm_head)
+        if folder == self.model.family.target and {stored.label, stored.lm_head} == {plain.label}:
+            return self.target
+        return self._load(folder, schemes, plain, plain)
 
     def _load(self, folder: Path, schemes: Schemes, scheme: Scheme, lm_head: Scheme) -> Transformer:
         key = (folder, scheme, lm_head)

@@ -24,6 +24,7 @@ from bench.record import Quality, read_lines, write_lines
 from bench.text import Window, windows
 from tests.bench.tiny import composed, write_tokenizer, write_world
 from tests.family import VOCAB
+from tests.methods.test_stored import write_native
 
 LENGTH, WINDOW, STRIDE = 150, 32, 12
 WORDS = (f"quality.window={WINDOW}", f"quality.stride={STRIDE}", "threads=1")
@@ -158,6 +159,29 @@ def test_divergence_is_torchs_between_two_oracles(world: list[str], tmp_path: Pa
 def test_dense_diverges_from_itself_by_exactly_nothing(world: list[str], tmp_path: Path) -> None:
     for record in records(measured(world, tmp_path)):
         assert (record.kl_nats, record.top1_agree) == (0.0, record.tokens)
+
+
+def test_a_dense_target_is_loaded_once(world: list[str]) -> None:
+    target = place(world, "model.target")
+    loader = Loader(parse(arm_of(world).config))
+    assert loader.dense(target) is loader.target
+    loader = Loader(parse(arm_of(world, "quant.lm_head=w8a8").config))
+    assert loader.dense(target) is not loader.target
+
+
+def test_a_folder_stored_quantised_is_held_against_its_dense_one(
+    world: list[str], tmp_path: Path
+) -> None:
+    dense = place(world, "model.target")
+    scheme = parse(arm_of(world, quant="w4a16").config).schemes.target
+    stored = write_native(dense, tmp_path / "stored", scheme)
+    write_tokenizer(stored)
+    words = [f"quality.reference={dense}", f"model.target={stored}"]
+    found = records(measured(world, tmp_path / "a", *words, quant="checkpoint"))
+    packed = records(measured(world, tmp_path / "b", quant="w4a16"))
+    assert [(r.kl_nats, r.nll_nats) for r in found] == [(r.kl_nats, r.nll_nats) for r in packed]
+    refused = refusal(world, f"model.target={stored}", "quant=checkpoint")
+    assert refused.startswith("quality.reference must be a dense checkpoint, or quality.kl false: ")
 
 
 def test_dense_diverges_from_a_copy_by_exactly_nothing(world: list[str], tmp_path: Path) -> None:
