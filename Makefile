@@ -45,4 +45,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[dev]'
+	@# Its classes pack as ever, but what it requires excludes what we do; it has wheels up to 3.11.
+	@! $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	  $(INSTALL) --no-deps auto-gptq
 	@touch $@ $(VENV)/.demo
