@@ -14,12 +14,14 @@ Letters: K in-features, N out-features.
 from collections.abc import Mapping, Set
 from typing import Any
 
+from quant.formats.compressed import read_compressed
 from quant.formats.layout import Layout, Quantization, Spec
 from quant.formats.native import read_native
+from quant.formats.private import is_converted, read_converted, read_qqq, read_unnamed
 
 __all__ = ["Layout", "Quantization", "Spec", "read_quantization"]
 
-READERS = {"specquant": read_native}
+READERS = {"compressed-tensors": read_compressed, "qqq": read_qqq, "specquant": read_native}
 
 
 def read_quantization(config: Mapping[str, Any], names: Set[str]) -> Quantization | None:
@@ -30,13 +32,15 @@ def read_quantization(config: Mapping[str, Any], names: Set[str]) -> Quantizatio
     """
     values = config.get("quantization_config")
     if values is None:
-        return None
+        return read_unnamed(names)
     if not isinstance(values, Mapping):
         raise ValueError(f"quantization_config must be an object, got {values!r}")
     method = values.get("quant_method")
+    if method == "gptq" and is_converted(config, names):
+        return read_converted(values, names)
     if method not in READERS:
         raise ValueError(
             f"quantization_config: quant_method must be one of {', '.join(sorted(READERS))}, "
             f"got {method!r}"
         )
-    return READERS[method](values)
+    return READERS[method](values, names)
