@@ -14,14 +14,23 @@ Letters: K in-features, N out-features.
 from collections.abc import Mapping, Set
 from typing import Any
 
+from quant.formats.awq import read_awq
 from quant.formats.compressed import read_compressed
+from quant.formats.gptq import read_gptq
 from quant.formats.layout import Layout, Quantization, Spec
 from quant.formats.native import read_native
-from quant.formats.private import is_converted, read_converted, read_qqq, read_unnamed
+from quant.formats.private import is_converted, read_converted, read_unnamed
+from quant.formats.qqq import read_qqq
 
 __all__ = ["Layout", "Quantization", "Spec", "read_quantization"]
 
-READERS = {"compressed-tensors": read_compressed, "qqq": read_qqq, "specquant": read_native}
+READERS = {
+    "awq": read_awq,
+    "compressed-tensors": read_compressed,
+    "gptq": read_gptq,
+    "qqq": read_qqq,
+    "specquant": read_native,
+}
 
 
 def read_quantization(config: Mapping[str, Any], names: Set[str]) -> Quantization | None:

@@ -16,6 +16,7 @@ tricks get at them. Marlin (arXiv 2408.11743) multiplies float16, where a thread
 Letters: K in-features, N out-features.
 """
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from quant.pack import unpack_nibbles
 TILE_INPUTS, TILE_OUTPUTS = 16, 64
 # Scales per channel are permuted in blocks of 32, scales per group in blocks of 64.
 CHANNEL_BLOCK, GROUP_BLOCK = 32, 64
+FUSED_QUERY = ".self_attn.qkv_proj."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,11 @@ EVENS_FIRST = (0, 2, 4, 6, 1, 3, 5, 7)
 MARLIN = TileOrder(slots=EVENS_FIRST, inputs=(0, 1, 8, 9), step=2)
 QQQ_GROUPS = TileOrder(slots=EVENS_FIRST, inputs=(0, 1, 2, 3), step=4)
 QQQ_CHANNEL = TileOrder(slots=(4, 0, 5, 1, 6, 2, 7, 3), inputs=(0, 1, 2, 3), step=4)
+
+
+def any_fused(names: Set[str]) -> bool:
+    """Tell whether a folder's tensors are named after fused projections."""
+    return any(FUSED_QUERY in name for name in names)
 
 
 def tiles_spec(n: int, k: int) -> Spec:

@@ -1,8 +1,8 @@
-"""Layouts of SpecMQuant's engine (arXiv 2505.22179), and QQQ's own, of which it took one over.
+"""Layouts of SpecMQuant's engine (arXiv 2505.22179).
 
     scheme     rounded by       tensors of a layer                             projections
     W4A16      AutoGPTQ         qweight, scales: Marlin's order                fused
-    W4A8QQQ    QQQ              B, s_channel, perhaps s_group: QQQ's order     fused or not
+    W4A8QQQ    QQQ              as QQQ writes them (quant.formats.qqq)         fused
     W8A8       DeepCompressor   weight, dequant_scale: rows as they are        not fused
 
 Fused means one `qkv_proj` and one `gate_up_proj` for their parts. The converter copies the
@@ -20,8 +20,7 @@ from torch import Tensor
 from quant.formats.layout import FLOATS, Layout, Quantization, Spec
 from quant.formats.marlin import (
     MARLIN,
-    QQQ_CHANNEL,
-    QQQ_GROUPS,
+    any_fused,
     tiles_spec,
     unpermute_channel,
     unpermute_groups,
@@ -30,12 +29,10 @@ from quant.formats.marlin import (
 from quant.grid import num_groups
 from quant.pack import pack_nibbles
 from quant.scheme import Scheme
-from quant.w4a8_qqq import W4A8QQQ
 from quant.w4a16 import W4A16
 from quant.w8a8 import W8A8
 
 PLACE = "quantization_config"
-FUSED_QUERY = ".self_attn.qkv_proj."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,46 +60,6 @@ class MarlinLayout(Layout):
             "packed": pack_nibbles(untile(tensors["qweight"], MARLIN)),
             "scales": unpermute(scales),
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class QQQLayout(Layout):
-    """QQQ's 4-bit weights, signed per channel or around code 8 per group."""
-
-    group_size: int
-
-    @property
-    def scheme(self) -> W4A8QQQ:
-        """QQQ's arithmetic."""
-        return W4A8QQQ(group_size=self.group_size, range_search=False)
-
-    def specs(self, n: int, k: int) -> dict[str, Spec]:
-        """The codes' tiles, a scale for each channel and perhaps one for each of its groups."""
-        groups = num_groups(k, self.group_size)
-        if groups == 1 and self.group_size != -1:
-            raise ValueError(
-                f"group_size of a QQQ layer must be below K, or -1, got {self.group_size} and K={k}"
-            )
-        specs = {"B": tiles_spec(n, k), "s_channel": Spec(dtypes=(torch.float32,), shape=(1, n))}
-        if self.group_size != -1:
-            specs["s_group"] = Spec(dtypes=(torch.float16,), shape=(groups, n))
-        return specs
-
-    def optional(self, n: int, k: int) -> dict[str, Spec]:
-        """An empty tensor for the scales of groups that are not there."""
-        empty = {"s_group": Spec(dtypes=(torch.float16,), shape=(0,))}
-        return empty if self.group_size == -1 else {}
-
-    def read(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Undo the order of codes and scales."""
-        order = QQQ_CHANNEL if self.group_size == -1 else QQQ_GROUPS
-        stored = {
-            "packed": pack_nibbles(untile(tensors["B"], order)),
-            "s_channel": unpermute_channel(tensors["s_channel"]).flatten(),
-        }
-        if self.group_size != -1:
-            stored["s_group"] = unpermute_groups(tensors["s_group"])
-        return stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +114,7 @@ class PrivateQuantization(Quantization):
 def is_converted(config: Mapping[str, Any], names: Set[str]) -> bool:
     """Tell by the tensors' names whether the engine's converter wrote what AutoGPTQ rounded."""
     # Other families have projections that never were apart.
-    return config.get("model_type") == "llama" and _any_fused(names)
+    return config.get("model_type") == "llama" and any_fused(names)
 
 
 def read_converted(values: Mapping[str, Any], names: Set[str]) -> Quantization:
@@ -170,14 +127,7 @@ def read_converted(values: Mapping[str, Any], names: Set[str]) -> Quantization:
             "tiles, which keep no g_idx, got desc_act true"
         )
     layout = MarlinLayout(group_size=_group_size(values))
-    return PrivateQuantization(own=layout, fused_parts=_any_fused(names), rounding="gptq")
-
-
-def read_qqq(values: Mapping[str, Any], names: Set[str]) -> Quantization:
-    """Read QQQ's settings."""
-    _require(values, "wbits" if "wbits" in values else "bits", 4)
-    layout = QQQLayout(group_size=_group_size(values))
-    return PrivateQuantization(own=layout, fused_parts=_any_fused(names), rounding="qqq")
+    return PrivateQuantization(own=layout, fused_parts=any_fused(names), rounding="gptq")
 
 
 def read_unnamed(names: Set[str]) -> Quantization | None:
@@ -191,11 +141,7 @@ def read_unnamed(names: Set[str]) -> Quantization | None:
     if "dequant_scale" not in suffixes:
         return None
     layout = DequantScaleLayout()
-    return PrivateQuantization(own=layout, fused_parts=_any_fused(names), rounding="deepcompressor")
-
-
-def _any_fused(names: Set[str]) -> bool:
-    return any(FUSED_QUERY in name for name in names)
+    return PrivateQuantization(own=layout, fused_parts=any_fused(names), rounding="deepcompressor")
 
 
 def _require(values: Mapping[str, Any], key: str, wanted: object, *, why: str = "") -> None:

@@ -1,0 +1,42 @@
+"""Files that the packages write once a session, each in a process of its own."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from bench.build import ROOT
+
+
+def run_writer(module: str, out: Path) -> Path:
+    """Let the packages write into a folder: python -m tests.quant.formats.<module> OUT."""
+    for package in ("gptqmodel", "awq"):
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed, which writes these files")
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.quant.formats.{module}", str(out)],
+        cwd=out,
+        # GPTQModel fails on two cores unless it is told how many workers to take, and compiles a
+        # packing kernel unless it is told not to.
+        env=os.environ
+        | {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "GPTQMODEL_CPU_WORKERS": "2",
+            "GPTQMODEL_DISABLE_PACK_EXT": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Single layers, as tests.quant.formats.cases names them."""
+    return run_writer("write_layers", tmp_path_factory.mktemp("layers"))
