@@ -10,7 +10,12 @@ from torch import Tensor
 
 from quant.scheme import Scheme
 
-YAMLS = sorted((Path(__file__).parents[2] / "conf" / "quant").glob("*.yaml"))
+# All but the one that is no format of its own: layers as a checkpoint stores them.
+YAMLS = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "conf" / "quant").glob("*.yaml"))
+    if path.stem != "checkpoint"
+]
 N, K = 256, 384
 
 LABELS = {
