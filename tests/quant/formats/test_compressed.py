@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,63 @@ from bench.build import ROOT
 from methods.architecture import FUSED
 from methods.checkpoint import check_transformer, load_transformer, stored_in
 from methods.transformer import Transformer
+from quant.formats.compressed import read_compressed
 from quant.formats.compressed_layouts import PackedLayout
+from quant.formats.compressed_write import describe, write_layer
+from quant.fp8 import FP8
+from quant.scheme import Scheme
 from quant.stored import AsStored
+from quant.w4a8_qqq import W4A8QQQ
+from quant.w4a16 import W4A16
+from quant.w8a8 import W8A8
+from quant.w8a16 import W8A16
 from tests.family import llama_config, write_llama
 from tests.quant.formats.compressed_cases import LOADS, REFUSED
 
-pytest.importorskip("llmcompressor")
-
 FIXTURES = ROOT / "tests" / "fixtures" / "compressed_g_idx"
 LAYERS = 2
+OURS: dict[str, Scheme] = {
+    "w4a16": W4A16(group_size=32, symmetric=True, range_search=False),
+    "w4a16-asym": W4A16(group_size=32, symmetric=False, range_search=False),
+    "w8a16-asym": W8A16(group_size=-1, symmetric=False, range_search=False),
+    "w8a8": W8A8(smooth_alpha=None),
+    "fp8": FP8(),
+}
 # Integer inputs: the package takes absmax / 127.5 where the schemes here take absmax / 127.
 NEAR = {"": 1e-5, "float": 1e-5, "int": 0.1}
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if find_spec("llmcompressor") is None:
+        pytest.skip("needs llmcompressor")
     out = tmp_path_factory.mktemp("compressed")
     dense = write_llama(out / "dense", llama_config(num_hidden_layers=LAYERS), seed=1)
+    for name, scheme in OURS.items():
+        write_ours(dense, out / f"ours-{name}", scheme)
     module = "tests.quant.formats.write_compressed"
     command = [sys.executable, "-m", module, str(dense), str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return out
+
+
+def write_ours(dense: Path, folder: Path, scheme: Scheme) -> None:
+    """Round a dense folder by a scheme, and write it as compressed-tensors."""
+    folder.mkdir()
+    config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = describe(scheme, ignore=["lm_head"])
+    config["dtype"] = "float32" if isinstance(scheme, FP8) else "float16"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = {}
+    for name, tensor in load_file(dense / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if not module.endswith("_proj"):
+            tensors[name] = tensor
+            continue
+        layer = write_layer(scheme, scheme.pack(tensor))
+        tensors |= {f"{module}.{suffix}": stored for suffix, stored in layer.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def read(folder: Path) -> Transformer:
@@ -106,9 +141,6 @@ def test_layers_that_are_ignored_stay_dense_and_others_take_the_scheme_that_name
 def test_what_no_scheme_computes_is_refused_by_name(written: Path, name: str) -> None:
     with pytest.raises(ValueError, match=REFUSED[name][1]):
         check_transformer(written / name)
-
-
-Change = Callable[[dict[str, Any]], object]
 
 
 def test_static_scales_of_activations_are_refused(written: Path, tmp_path: Path) -> None:
@@ -206,3 +238,41 @@ def ordered(*, bits: int, symmetric: bool) -> PackedLayout:
     return PackedLayout(
         bits=bits, group_size=32, symmetric=symmetric, per_tensor=False, ordered=True
     )
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_package_opens_our_files_to_our_weights(written: Path, name: str) -> None:
+    reference = load_file(written / f"ours-{name}.reference.safetensors")
+    for label, layer in read(written / f"ours-{name}").linears.items():
+        expected = torch.cat([reference[f"{part}.weight"] for part in parts(label)])
+        assert torch.equal(layer.dequantize().to(expected.dtype), expected), label
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(("n", "k"), [(20, 64), (13, 32)])
+def test_what_is_written_reads_back(name: str, n: int, k: int) -> None:
+    scheme = OURS[name]
+    stored = scheme.pack(torch.randn(n, k, generator=torch.Generator().manual_seed(n)))
+    tensors = write_layer(scheme, stored)
+    names = {f"lm_head.{suffix}" for suffix in tensors}
+    layout = read_compressed(describe(scheme, ignore=[]), names).layout("lm_head")
+    assert layout is not None
+    for suffix, spec in layout.specs(n, k).items():
+        assert tensors[suffix].shape == spec.shape, suffix
+    found = layout.read(tensors)
+    assert found.keys() == stored.keys()
+    for key, tensor in stored.items():
+        assert found[key].dtype == tensor.dtype, key
+        assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
+
+
+def test_what_the_format_cannot_hold_is_not_written() -> None:
+    smooth = W8A8(smooth_alpha=0.5)
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="folded weights, got smooth"):
+        write_layer(smooth, smooth.pack(weight, torch.ones(64)))
+    ordered = OURS["w4a16"].pack(weight) | {"order": torch.arange(64, dtype=torch.int32)}
+    with pytest.raises(ValueError, match="in their own order, got order"):
+        write_layer(OURS["w4a16"], ordered)
+    with pytest.raises(ValueError, match="got w4a8-qqq-channel"):
+        describe(W4A8QQQ(group_size=-1, range_search=False), ignore=[])

@@ -3,7 +3,7 @@
 In a process of its own: the packages patch torch and transformers, set thread pools and log. DENSE
 is a folder of dense weights. Beside each checkpoint OUT/NAME lies OUT/NAME.reference.safetensors:
 the weights that compressed-tensors makes of it, in its own dtype, and the logits of `tokens` in
-float32.
+float32. Folders named OUT/ours-NAME were written before, by us; of these there is only the first.
 """
 
 import os
@@ -47,6 +47,8 @@ def write_checkpoints(dense: Path, out: Path) -> None:
         save_file(reference, out / f"{name}.reference.safetensors")
     for name, (case, _) in REFUSED.items():
         _compress(dense, out / name, case)
+    for folder in sorted(out.glob("ours-*")):
+        save_file(_opened(folder), out / f"{folder.name}.reference.safetensors")
     for bits, n, k in ODD_SHAPES:
         layer = {name: tensor.contiguous() for name, tensor in _odd_layer(bits, n, k).items()}
         save_file(layer, out / f"odd-{bits}.safetensors")
