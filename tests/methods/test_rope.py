@@ -1,5 +1,6 @@
 """Frequencies and attention factors are those that transformers computes from the same config."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -32,8 +33,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "yarn, attention 1": YARN | {"attention_factor": 1.0},
     "yarn, mscale": YARN | {"mscale": 0.707, "mscale_all_dim": 0.5},
     "yarn, one mscale": YARN | {"mscale": 0.707},
+    "yarn, the other mscale": YARN | {"mscale_all_dim": 0.5},
     "yarn, no stretch": YARN | {"factor": 1.0},
     "yarn, a short original": YARN | {"original_max_position_embeddings": 6},
+    "yarn, a blend past the end": YARN
+    | {"rope_theta": 1e4, "original_max_position_embeddings": 131072},
     "yarn, a step": YARN
     | {"truncate": False, "beta_fast": 1, "beta_slow": 1, "original_max_position_embeddings": 2048},
 }
@@ -56,7 +60,8 @@ def config_of(spelling: str, rope: dict[str, Any], **changes: object) -> dict[st
 
 
 def require_equal(config: dict[str, Any]) -> Rope:
-    oracle = LlamaRotaryEmbedding(LlamaConfig(**config))
+    # transformers completes the dictionaries that it is given.
+    oracle = LlamaRotaryEmbedding(LlamaConfig(**deepcopy(config)))
     rope = read_rope(config)
     found = rope.frequencies(HEAD_DIM, torch.device("cpu"))
     torch.testing.assert_close(found, oracle.inv_freq, rtol=1e-6, atol=0)
