@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import text
 from bench.config import Config, Costing
 from bench.task import Prompt, Task, encode
 from methods.checkpoint import check_transformer, stored_in
@@ -31,6 +32,41 @@ def check_contexts(cost: Costing, positions: int) -> None:
             f"cost.contexts and cost.widths must be within the model's {positions} positions "
             f"together, got {needed}"
         )
+
+
+def check_quality(config: Config, positions: int) -> None:
+    """Check that a window lies within the model's positions, and the dense model beside it."""
+    evaluation, target = config.quality, config.model.family.target
+    assert evaluation is not None
+    if evaluation.window > positions:
+        raise ValueError(
+            f"quality.window must be within the model's {positions} positions, "
+            f"got {evaluation.window}"
+        )
+    if not evaluation.kl:
+        return
+    try:
+        shape = check_transformer(config.reference)
+        stored_in(config.reference, config.schemes.dense, config.schemes.dense)
+    except ValueError as error:
+        raise ValueError(
+            f"quality.reference must be a dense checkpoint, or quality.kl false: {error}"
+        ) from error
+    if evaluation.window > shape.max_positions:
+        raise ValueError(
+            f"quality.window must be within {config.reference}'s {shape.max_positions} positions, "
+            f"got {evaluation.window}"
+        )
+    sizes = [read_config(folder).get("vocab_size") for folder in (config.reference, target)]
+    if sizes[0] != sizes[1] or _vocabulary(config.reference) not in (None, _vocabulary(target)):
+        raise ValueError(f"{config.reference}: the vocabulary must be that of {target}")
+
+
+def check_text(config: Config) -> None:
+    """Check that a tokenizer makes two tokens or more of the text."""
+    from bench.load import load_tokenizer  # transformers takes seconds, a finished sweep none
+
+    text.encode(load_tokenizer(config.model.family.target), config.text)
 
 
 def check_folders(folders: Sequence[Path]) -> None:

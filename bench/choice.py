@@ -19,6 +19,7 @@ PLACES = (
     "model.calibration",
     "task.path",
     "task.data_dir",
+    "quality.reference",
 )
 MAX_NAME = 200  # bytes of a folder's name; file systems take 255
 

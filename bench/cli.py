@@ -9,6 +9,7 @@ import sys
 DOORS = {
     "run": "decode a task with a method on a quantised model, or a matrix of them",
     "cost": "measure what verifying n tokens costs, and what drafting does",
+    "quality": "measure what a scheme costs in quality: perplexity, divergence from dense",
     "report": "turn a campaign's records into tables, figures and one page",
 }
 

@@ -15,7 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bench.build import PACKAGES, ROOT, as_mapping, build, named_node, typed
+from bench.record import COST, QUALITY, RUN
+from bench.source import Source
 from bench.task import Task
+from bench.text import Evaluation, Text
 from methods.recipe import Family, Recipe
 from methods.verify import Greedy, Rule, Sampled
 from quant.scheme import Scheme
@@ -140,14 +143,33 @@ class Schemes:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that a cell is made from. cost: of a cell of the cost door."""
+    """Everything that a cell is made from. cost, quality: of a cell of that door."""
 
     settings: Settings
     model: Model
     schemes: Schemes
     recipe: Recipe
-    task: Task
+    source: Task | Text
     cost: Costing | None
+    quality: Evaluation | None
+
+    @property
+    def task(self) -> Task:
+        """The prompts, of a cell of the run or the cost door."""
+        assert isinstance(self.source, Task)
+        return self.source
+
+    @property
+    def text(self) -> Text:
+        """The running text, of a cell of the quality door."""
+        assert isinstance(self.source, Text)
+        return self.source
+
+    @property
+    def reference(self) -> Path:
+        """Folder of the dense model that a target is held against."""
+        own = None if self.quality is None else self.quality.reference
+        return self.model.family.target if own is None else _place(own)
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:
@@ -168,7 +190,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 
 def parse(tree: Mapping[str, Any], *, packages: tuple[str, ...] = PACKAGES) -> Config:
     """Build everything from a resolved tree, or raise ValueError with the key's full name."""
-    groups = ("model", "quant", "method", "task", "cost")
+    groups = ("model", "quant", "method", "task", COST, QUALITY)
     settings = {key: value for key, value in tree.items() if key not in groups}
     method = without(tree["method"], DRAFT_SCHEME, DRAFT_LM_HEAD)
     return Config(
@@ -176,9 +198,15 @@ def parse(tree: Mapping[str, Any], *, packages: tuple[str, ...] = PACKAGES) -> C
         model=parse_model(tree["model"]),
         schemes=parse_schemes(tree["quant"], tree["method"]),
         recipe=_recipe(method, packages),
-        task=build(tree["task"], Task, key="task"),
-        cost=typed(tree["cost"], Costing, key="cost") if "cost" in tree else None,
+        source=_source(tree["task"], door_of(tree)),
+        cost=typed(tree[COST], Costing, key=COST) if COST in tree else None,
+        quality=typed(tree[QUALITY], Evaluation, key=QUALITY) if QUALITY in tree else None,
     )
+
+
+def door_of(tree: Mapping[str, Any]) -> str:
+    """Which door a resolved tree was composed for."""
+    return next((door for door in (COST, QUALITY) if door in tree), RUN)
 
 
 def parse_model(node: object) -> Model:
@@ -226,6 +254,16 @@ def check_machine(*, device: str, dtype: str, threads: int | None) -> None:
 def without(node: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     """Copy a node less some keys."""
     return {key: value for key, value in node.items() if key not in keys}
+
+
+def _source(node: object, door: str) -> Task | Text:
+    source = build(node, Source, key="task")
+    if door == QUALITY and not isinstance(source, Text):
+        raise ValueError(f"task must be a running text, such as perplexity, got {source.name}")
+    if door != QUALITY and not isinstance(source, Task):
+        raise ValueError(f"task must have prompts, got {source.name}, a text for specquant quality")
+    assert isinstance(source, Task | Text)
+    return source
 
 
 def _scheme(node: object, key: str) -> Scheme:

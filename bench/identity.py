@@ -21,6 +21,7 @@ IRRELEVANT = ("campaign", "results_dir", "baseline", "tie_threshold_nats")
 PLACES = {
     "model": ("target", "heads", "small", "calibration"),
     "task": ("path", "data_dir", "hub", "hub_config", "hub_split"),
+    "quality": ("reference",),
 }
 # Sources beside Python's that a kernel may be compiled from.
 KERNEL_SOURCES = (".cu", ".cuh", ".cpp", ".h")
@@ -37,13 +38,13 @@ CHECKPOINT_FILES = (
 )
 
 
-def config_hash(config: Mapping[str, Any], prompts: str) -> str:
-    """Hash a resolved configuration and the digest of the prompts that it leads to."""
+def config_hash(config: Mapping[str, Any], data: str) -> str:
+    """Hash a resolved configuration and the digest of the prompts or the text it leads to."""
     relevant = {key: value for key, value in config.items() if key not in IRRELEVANT}
     for node, places in PLACES.items():
         if isinstance(own := relevant.get(node), Mapping):
             relevant[node] = {key: value for key, value in own.items() if key not in places}
-    return digest({"config": relevant, "prompts": prompts})
+    return digest({"config": relevant, "data": data})
 
 
 def digest(value: object) -> str:

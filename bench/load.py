@@ -32,6 +32,7 @@ class Loader:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.model = model
+        self._schemes = schemes
         self.device = torch.device(settings.device)
         self.tokenizer = load_tokenizer(model.family.target)
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
@@ -58,6 +59,11 @@ class Loader:
                 folder, schemes, schemes.draft, schemes.draft_lm_head or schemes.dense
             ),
         )
+
+    def dense(self, folder: Path) -> Transformer:
+        """Load a model unquantised; the target itself where that is what it is."""
+        schemes = self._schemes
+        return self._load(folder, schemes, schemes.dense, schemes.dense)
 
     def _load(self, folder: Path, schemes: Schemes, scheme: Scheme, lm_head: Scheme) -> Transformer:
         key = (folder, scheme, lm_head)

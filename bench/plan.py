@@ -18,14 +18,13 @@ from bench import check
 from bench.block import Arm, Block, check_schema, is_finished
 from bench.build import PACKAGES, named_node, target_modules
 from bench.choice import Choice, choose
-from bench.config import DRAFT_LM_HEAD, DRAFT_SCHEME, Config, parse, resolve, without
+from bench.config import DRAFT_LM_HEAD, DRAFT_SCHEME, Config, door_of, parse, resolve, without
 from bench.identity import IRRELEVANT, WeightHashes, code_hash, config_hash, digest
-from bench.record import VANILLA, Cell
-from bench.task import Prompt, load
+from bench.record import COST, QUALITY, VANILLA, Cell
+from bench.task import Prompt, Task, load
 from methods.checkpoint import Stored, stored_in
 from quant.scheme import Scheme
 
-COST = "cost"  # node of conf/cost.yaml; a cell that has it is named by it, not by a task
 HASHES = ".hashes.json"  # of results_dir
 
 T = TypeVar("T")
@@ -35,14 +34,15 @@ T = TypeVar("T")
 class Planned:
     """A checked cell, before anything was hashed.
 
-    tree: its resolved configuration. folders, calibrated: checkpoints and whether text is read.
-    positions: of the model. asked: by the user, not only as a baseline.
+    tree: its resolved configuration. data: digest of its prompts or its text. folders, calibrated:
+    checkpoints and whether text is read. positions: of the model. asked: by the user, not only as
+    a baseline.
     """
 
     choice: Choice
     tree: dict[str, Any]
     config: Config
-    prompts: list[Prompt]
+    data: str
     positions: int
     folders: list[Path]
     calibrated: bool
@@ -71,11 +71,14 @@ class Planner:
     ) -> None:
         """Check a cell, and its baseline; ValueError where something is wrong with it."""
         tree = resolve(config)
-        choice = choose({**names, "task": COST} if COST in tree else names, overrides)
-        self._add(self._plan(choice, tree, asked=True))
-        if tree["baseline"] and choice.names["method"] != VANILLA:
+        door = door_of(tree)
+        choice = choose({**names, "task": COST} if door == COST else names, overrides)
+        if door != QUALITY:  # a method is lossless: quality is the target's own
+            self._add(self._plan(choice, tree, asked=True))
+        if door == QUALITY or (tree["baseline"] and choice.names["method"] != VANILLA):
             plain = {**tree, "method": named_node("method", VANILLA, key="method")}
-            self._add(self._plan(choice.less("method.", method=VANILLA), plain, asked=False))
+            choice = choice.less("method.", method=VANILLA)
+            self._add(self._plan(choice, plain, asked=door == QUALITY))
 
     def blocks(self) -> list[Block]:
         """Hash what every cell reads, and group the cells; ValueError where none can run."""
@@ -106,9 +109,13 @@ class Planner:
         stored = self._stored(family.target, config.schemes.target, config.schemes.lm_head)
         if config.schemes.target.as_stored:  # several folders may be compared in one campaign
             choice = choice.less(quant=stored.label)
-        prompts = self._once(f"task {digest(tree['task'])}", lambda: load(config.task))
         if config.cost is not None:
             check.check_contexts(config.cost, positions)
+        if config.quality is not None:
+            check.check_quality(config, positions)
+            data = self._once(f"text {digest(tree['task'])}", lambda: digest(config.text.read()))
+        else:
+            data = digest([asdict(prompt) for prompt in self._prompts(config.task)])
         folders, problem = [], ""
         try:
             folders = config.recipe.folders(family)
@@ -127,9 +134,9 @@ class Planner:
             choice=choice,
             tree=tree,
             config=config,
-            prompts=prompts,
+            data=data,
             positions=positions,
-            folders=[family.target, *folders],
+            folders=[family.target, *folders, *_references(config)],
             calibrated=check.check_calibration(config, drafts=bool(folders)),
             problem=problem,
             asked=asked,
@@ -149,8 +156,8 @@ class Planner:
         hashes = WeightHashes(results_dir / HASHES)
         arms = tuple(self._arm(cell, hashes) for cell in cells)
         hashes.save()
-        if first.config.cost is None and not all(is_finished(a) or a.problem for a in arms):
-            self._check_prompts(first)
+        if not all(is_finished(a) or a.problem for a in arms):
+            self._check_data(first)
         return Block(
             name=first.choice.block,
             results_dir=results_dir,
@@ -164,7 +171,7 @@ class Planner:
         settings, text = config.settings, config.model.calibration
         modules = sorted(target_modules(planned.tree))
         cell = Cell(
-            door="run" if config.cost is None else COST,
+            door=door_of(planned.tree),
             model=choice.label("model"),
             weights=config.model.weights,
             scheme=planned.stored.label,
@@ -177,7 +184,7 @@ class Planner:
             dtype=settings.dtype,
             temperature=settings.temperature,
             tie_threshold_nats=settings.tie_threshold(planned.stored.scheme),
-            config_hash=config_hash(planned.tree, digest([asdict(p) for p in planned.prompts])),
+            config_hash=config_hash(planned.tree, planned.data),
             code_hash=self._once(f"code {modules}", lambda: code_hash([self._module, *modules])),
             weight_hashes=hashes.of(
                 planned.folders, [text] if text is not None and planned.calibrated else []
@@ -195,9 +202,15 @@ class Planner:
             draft = self._stored(small.target, schemes.draft, lm_head or schemes.dense).label
         return draft if lm_head is None else f"{draft}+lm_head:{lm_head.label}"
 
-    def _check_prompts(self, cell: Planned) -> None:
-        task, prompts = cell.config.task, cell.prompts
+    def _check_data(self, cell: Planned) -> None:
+        """Check the prompts or the text by the tokenizer; costs take what there is of a text."""
         target = cell.config.model.family.target
+        if cell.config.cost is not None:
+            return
+        if cell.config.quality is not None:
+            self._once(f"text {cell.data} {target}", lambda: check.check_text(cell.config))
+            return
+        task, prompts = cell.config.task, self._prompts(cell.config.task)
         context = cell.config.settings.context or cell.positions
         too_long = self._once(
             f"prompts {digest(cell.tree['task'])} {target} {context}",
@@ -210,8 +223,16 @@ class Planner:
         if too_long and note not in self.notes:
             self.notes.append(note)
 
+    def _prompts(self, task: Task) -> list[Prompt]:
+        return self._once(f"task {digest(asdict(task))}", lambda: load(task))
+
     def _once(self, name: str, make: Callable[[], T]) -> T:
         if name not in self._known:
             self._known[name] = make()
         known: T = self._known[name]
         return known
+
+
+def _references(config: Config) -> list[Path]:
+    """The dense model that a target is held against, where it is."""
+    return [config.reference] if config.quality is not None and config.quality.kl else []

@@ -1,4 +1,4 @@
-"""What a run leaves behind: one JSON line per generation or cost measurement, facts with units.
+"""What a run leaves behind: one JSON line per generation, timing or window, facts with units.
 
 Nothing derived is stored: ratios, means and intervals are made when a report is made. A results
 folder of a campaign holds one folder per cell:
@@ -6,7 +6,7 @@ folder of a campaign holds one folder per cell:
     results/<campaign>/<cell>/config.yaml     the resolved configuration
     results/<campaign>/<cell>/cell.json       labels and identity (`Cell`)
     results/<campaign>/<cell>/context.json    machine, versions, commit and diff state
-    results/<campaign>/<cell>/records.jsonl   `Generation` or `Cost` lines
+    results/<campaign>/<cell>/records.jsonl   `Generation`, `Cost` or `Quality` lines
     results/<campaign>/<cell>/status.json     `Status`, written last: its existence means ended
 """
 
@@ -22,6 +22,10 @@ SCHEMA = 1
 # The files of a cell's folder.
 CONFIG, CELL, CONTEXT = "config.yaml", "cell.json", "context.json"
 RECORDS, STATUS = "records.jsonl", "status.json"
+
+# What a cell was measured by; the latter two are also the nodes that their yamls add.
+RUN, COST, QUALITY = "run", "cost", "quality"
+DOORS = (RUN, COST, QUALITY)
 
 VANILLA = "vanilla"  # the method that every other is compared with
 
@@ -75,6 +79,9 @@ class Generation(Record):
     arm_order: int = 0  # place of this arm among the block's arms in this round
     # First difference from vanilla of the same block, where there is one.
     divergence: dict[str, float] | None = None  # index, token, vanilla_token, gap_nats
+    correct: bool | None = None  # None: not scored
+    answer: str = ""  # what was compared with the reference
+    scored: str = ""  # by which filter and scorer, or why it was not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +104,29 @@ class Cost(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quality(Record):
+    """One window of a text, read by a target and by the dense model beside it.
+
+    start: its first token's place in the text. context: tokens read before the first scored one.
+    Sums go over the scored tokens; None where there was no dense model.
+    """
+
+    window: int
+    start: int
+    context: int
+    tokens: int  # scored
+    nll_nats: float  # of the target, summed
+    kl_nats: float | None = None  # KL(dense || target), summed
+    top1_agree: int | None = None  # tokens where both have the same first choice
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cell(Record):
     """What a cell is, in the words of the tables, and the hashes that decide whether it is stale.
 
-    door: `run` or `cost`; vanilla's cost cell is the target's own. block: name of all that a cell
-    shares with its baseline, everything but the method; empty in older records.
+    door: `run`, `cost` or `quality`; in the latter two, vanilla's cell is the target's own. block:
+    name of all that a cell shares with its baseline, everything but the method; empty in older
+    records.
     """
 
     door: str

@@ -1,6 +1,6 @@
 """Rows of a data file or of a data set on the hub, and which of them a limit keeps.
 
-JSONL is read by the standard library; Parquet and the hub need the extra `data`.
+JSONL and plain text are read by the standard library; Parquet and the hub need the extra `data`.
 """
 
 import gzip
@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench.build import ROOT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +52,44 @@ class Row:
         return answer.strip().replace(",", "").replace("$", "")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the rows of a task come from: what every yaml of conf/task has in common."""
+
+    name: str
+    path: str | None  # local .jsonl, .jsonl.gz, .parquet or .txt; wins over the hub
+    data_dir: str | None  # what a relative path is relative to; None = the checkout
+    hub: str | None  # id on the hub, or a folder that `datasets` can read
+    hub_config: str | None
+    hub_split: str | None
+
+    def rows(self) -> list[Row]:
+        """Read all rows; ValueError where there is no file, or no data set."""
+        if self.path is not None:
+            base = ROOT if self.data_dir is None else Path(self.data_dir).expanduser()
+            path = base / Path(self.path).expanduser()
+            if not path.is_file():
+                other = (
+                    f"task.path=null reads {self.hub} from the hub" if self.hub else "no hub copy"
+                )
+                raise ValueError(f"task {self.name}: path must be a file, got {path} ({other})")
+            return read_file(path)
+        if self.hub is None:
+            raise ValueError(f"task {self.name} has no hub data set: give task.path=<file>")
+        if self.hub_split is None:
+            raise ValueError(f"task {self.name}: hub_split must be given where hub is, got null")
+        return read_hub(self.hub, config=self.hub_config, split=self.hub_split)
+
+
 def read_file(path: Path) -> list[Row]:
-    """Read a local .jsonl, .jsonl.gz or .parquet file whole."""
+    """Read a local .jsonl, .jsonl.gz, .parquet or .txt file whole; a .txt is one row, `text`."""
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return list(_jsonl(path))
     if path.suffix == ".parquet":
         return _parquet(path)
-    raise ValueError(f"a task's path must end in .jsonl, .jsonl.gz or .parquet, got {path}")
+    if path.suffix == ".txt":
+        return [_plain(path)]
+    raise ValueError(f"a task's path must end in .jsonl, .jsonl.gz, .parquet or .txt, got {path}")
 
 
 def read_hub(hub: str, *, config: str | None, split: str) -> list[Row]:
@@ -123,6 +156,13 @@ def _jsonl(path: Path) -> Iterator[Row]:
         if not isinstance(values, dict):
             raise ValueError(f"{place}: a line must be a JSON object, got {line[:40]!r}")
         yield Row(place=place, values=values)
+
+
+def _plain(path: Path) -> Row:
+    try:
+        return Row(place=f"{path}:1", values={"text": path.read_text(encoding="utf-8")})
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8: {error}") from error
 
 
 def _parquet(path: Path) -> list[Row]:

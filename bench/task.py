@@ -15,13 +15,12 @@ task with an answer prefix (HumanEval) begins with two BOS.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jinja2.exceptions import TemplateError
 
 from bench.build import ROOT
-from bench.source import Row, read_file, read_hub, spread
+from bench.source import Row, Source, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,15 +47,9 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Task(Source):
     """Where prompts come from, what the model reads, and when it is stopped."""
 
-    name: str
-    path: str | None  # local .jsonl, .jsonl.gz or .parquet; wins over the hub
-    data_dir: str | None  # what a relative path is relative to; None = the checkout
-    hub: str | None  # id on the hub, or a folder that `datasets` can read
-    hub_config: str | None
-    hub_split: str | None
     prompt_key: str  # a string, or a list of strings (turns)
     id_key: str | None  # None = <name>/<row from 0>
     category_key: str | None  # None = the task's name
@@ -144,7 +137,7 @@ class Stopper:
 
 def load(task: Task) -> list[Prompt]:
     """Read a task's prompts, in the order of the data; a limit spreads them over categories."""
-    rows = _rows(task)
+    rows = task.rows()
     if not rows:
         raise ValueError(f"task {task.name}: the data must have a prompt or more, got none")
     preamble = _preamble(task)
@@ -209,21 +202,6 @@ def cut(token_ids: list[int], tokenizer: "PreTrainedTokenizerBase", task: Task) 
     ended = token_ids[-1] in stop_ids(tokenizer, task)
     text = _decode(tokenizer, token_ids[:-1] if ended else token_ids)
     return Cut(token_ids=token_ids, text=text[: find_stop(text, task)], stop="stop")
-
-
-def _rows(task: Task) -> list[Row]:
-    if task.path is not None:
-        base = ROOT if task.data_dir is None else Path(task.data_dir).expanduser()
-        path = base / Path(task.path).expanduser()
-        if not path.is_file():
-            other = f"task.path=null reads {task.hub} from the hub" if task.hub else "no hub copy"
-            raise ValueError(f"task {task.name}: path must be a file, got {path} ({other})")
-        return read_file(path)
-    if task.hub is None:
-        raise ValueError(f"task {task.name} has no hub data set: give task.path=<file>")
-    if task.hub_split is None:
-        raise ValueError(f"task {task.name}: hub_split must be given where hub is, got null")
-    return read_hub(task.hub, config=task.hub_config, split=task.hub_split)
 
 
 def _preamble(task: Task) -> str:

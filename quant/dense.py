@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from quant.lattice import Lattice
 from quant.scheme import QuantLinear, Scheme, require_matrix, stored_tensor, take
 
 
@@ -18,6 +19,10 @@ class Dense(Scheme):
     def label(self) -> str:
         """Name of the format."""
         return "dense"
+
+    def lattice(self, weight: Tensor, absmax: Tensor | None = None) -> Lattice:
+        """Refuse: nothing is rounded."""
+        raise ValueError("scheme must round weights, got dense, which keeps them as they are")
 
     def pack(self, weight: Tensor, absmax: Tensor | None = None) -> dict[str, Tensor]:
         """Give the weight itself, not a copy. weight: [N, K]."""

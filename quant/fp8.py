@@ -14,8 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quant.grid import E4M3_MAX, absmax_scale, round_tokens_e4m3, widen
-from quant.scheme import QuantLinear, Scheme, require_matrix, stored_tensor, take
+from quant.grid import E4M3_MAX, Fit, absmax_scale, round_tokens_e4m3, widen
+from quant.lattice import Lattice
+from quant.scheme import (
+    SCALE_DTYPES,
+    QuantLinear,
+    Scheme,
+    require_matrix,
+    stored_tensor,
+    take,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +40,10 @@ class FP8(Scheme):
         """Rounded per token, as they come."""
         return "fp8"
 
-    def pack(self, weight: Tensor, absmax: Tensor | None = None) -> dict[str, Tensor]:
-        """Give weight float8_e4m3fn [N, K] and scales float32 [N]."""
+    def lattice(self, weight: Tensor, absmax: Tensor | None = None) -> "FP8Lattice":
+        """Stored as weight float8_e4m3fn [N, K] and scales float32 [N]."""
         require_matrix(weight)
-        weight = widen(weight)
-        scales = absmax_scale(weight, E4M3_MAX, torch.float32)
-        # A scale that underflowed a little could push past 448, which e4m3 would make a NaN.
-        values = (weight / scales).clamp(-E4M3_MAX, E4M3_MAX)
-        return {"weight": values.to(torch.float8_e4m3fn), "scales": scales.squeeze(-1)}
+        return FP8Lattice(weight=widen(weight), group_size=-1)
 
     def layer(self, stored: Mapping[str, Tensor]) -> "FP8Linear":
         """Make the layer from tensors as `pack` gives them."""
@@ -47,7 +51,34 @@ class FP8(Scheme):
         weight = stored_tensor(stored, "weight", torch.float8_e4m3fn, (-1, -1))
         if bool((weight.view(torch.uint8) & 0x7F == 0x7F).any()):
             raise ValueError("weight must be finite, got NaNs")
-        return FP8Linear(weight, stored_tensor(stored, "scales", torch.float32, weight.shape[:1]))
+        return FP8Linear(weight, stored_tensor(stored, "scales", SCALE_DTYPES, weight.shape[:1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FP8Lattice(Lattice):
+    """Bytes of e4m3, as int8, times a scale."""
+
+    def fit(self, values: Tensor) -> Fit:
+        """Bring the largest magnitude to 448."""
+        scale = absmax_scale(values, E4M3_MAX, torch.float32)
+        return Fit(scale, torch.zeros_like(scale, dtype=torch.int8))
+
+    def encode(self, values: Tensor, placed: Fit) -> Tensor:
+        """Round to e4m3."""
+        # A scale that underflowed a little could push past 448, which e4m3 would make a NaN.
+        steps = (values / placed.scale).clamp_(-E4M3_MAX, E4M3_MAX)
+        return steps.to(torch.float8_e4m3fn).view(torch.int8)
+
+    def decode(self, codes: Tensor, placed: Fit) -> Tensor:
+        """Give e4m3 * scale."""
+        return _wide_e4m3(codes, torch.float32) * placed.scale
+
+    def stored(self, codes: Tensor, placed: Fit) -> dict[str, Tensor]:
+        """Give weight and scales."""
+        return {
+            "weight": codes.flatten(1).view(torch.float8_e4m3fn),
+            "scales": placed.scale.flatten(),
+        }
 
 
 class FP8Linear(QuantLinear):

@@ -107,7 +107,8 @@ def encode(values: Tensor, grid: Grid, fit: Fit) -> Tensor:
 
 def decode(codes: Tensor, fit: Fit) -> Tensor:
     """Give the values that codes stand for, float32. codes: [..., g] int8."""
-    return (codes - fit.zero) * fit.scale.float()
+    # Not in int8: a difference of two 8-bit codes has 9 bits.
+    return (codes.float() - fit.zero) * fit.scale.float()
 
 
 def round_tokens(x: Tensor) -> Tokens:

@@ -10,6 +10,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from quant.lattice import Lattice
+
+# What `pack` stores is one of these, a foreign checkpoint may bring any: bfloat16 is common.
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 
 class QuantLinear(nn.Module, ABC):
     """A linear layer whose weight, [N, K], is stored in some scheme's format.
@@ -79,13 +84,17 @@ class Scheme(ABC):
         return False
 
     @abstractmethod
-    def pack(self, weight: Tensor, absmax: Tensor | None = None) -> dict[str, Tensor]:
-        """Round a weight to the nearest representable one.
+    def lattice(self, weight: Tensor, absmax: Tensor | None = None) -> Lattice:
+        """Give the values that the format can store around a weight.
 
         weight: [N, K] floating point. absmax: [K], largest |x| seen per input channel, for
         schemes that move activation outliers into the weight (SmoothQuant).
-        Raises ValueError when the shape does not fit the format.
+        Raises ValueError when the shape does not fit the format, or it rounds nothing.
         """
+
+    def pack(self, weight: Tensor, absmax: Tensor | None = None) -> dict[str, Tensor]:
+        """Round a weight to the nearest representable one. Arguments and errors as `lattice`."""
+        return self.lattice(weight, absmax).nearest()
 
     @abstractmethod
     def layer(self, stored: Mapping[str, Tensor]) -> QuantLinear:
@@ -133,23 +142,28 @@ def take(stored: Mapping[str, Tensor], required: set[str], optional: set[str]) -
 
 
 def stored_tensor(
-    stored: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]
+    stored: Mapping[str, Tensor],
+    name: str,
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
 ) -> Tensor:
     """Give one stored tensor, contiguous and alone in its memory, or raise ValueError.
 
-    shape: -1 stands for any positive size. A tensor that is a piece of a larger one is copied, or
-    it would keep the larger one alive and `weight_bytes` would count it.
+    dtype: several where any of them will do. shape: -1 stands for any positive size. A tensor that
+    is a piece of a larger one is copied, or it would keep the larger one alive and `weight_bytes`
+    would count it.
     """
     tensor = stored[name]
     fits = len(shape) == tensor.ndim and all(
         size == want or (want == -1 and size > 0)
         for size, want in zip(tensor.shape, shape, strict=True)
     )
-    if tensor.dtype != dtype or not fits:
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    if tensor.dtype not in dtypes or not fits:
         wanted = ", ".join("any" if size == -1 else str(size) for size in shape)
         raise ValueError(
-            f"{name} must be {dtype} of shape [{wanted}], got {tensor.dtype} "
-            f"of shape {list(tensor.shape)}"
+            f"{name} must be {' or '.join(map(str, dtypes))} of shape [{wanted}], "
+            f"got {tensor.dtype} of shape {list(tensor.shape)}"
         )
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quant.dense import Dense
+from quant.lattice import Lattice
 from quant.scheme import QuantLinear, Scheme
 
 
@@ -22,6 +23,10 @@ class AsStored(Scheme):
     def as_stored(self) -> bool:
         """Takes what the checkpoint's own format says."""
         return True
+
+    def lattice(self, weight: Tensor, absmax: Tensor | None = None) -> Lattice:
+        """Refuse: nothing is rounded."""
+        return Dense().lattice(weight, absmax)
 
     def pack(self, weight: Tensor, absmax: Tensor | None = None) -> dict[str, Tensor]:
         """Give a dense weight itself. weight: [N, K]."""

@@ -34,15 +34,15 @@ from quant.grid import (
     Fit,
     Grid,
     absmax_scale,
+    decode,
     encode,
-    fit,
     num_groups,
-    pieces,
     require_group_size,
     round_tokens,
     widen,
 )
 from quant.integer import int_matmul
+from quant.lattice import GridLattice, Lattice
 from quant.pack import pack_nibbles, unpack_nibbles
 from quant.scheme import QuantLinear, Scheme, require_matrix, stored_tensor, take
 
@@ -70,22 +70,25 @@ class W4A8QoQ(Scheme):
         """Rounded per token, as they come."""
         return "int8"
 
-    def pack(self, weight: Tensor, absmax: Tensor | None = None) -> dict[str, Tensor]:
-        """Give packed uint8 [N, K / 2], s1_scales [N] and s1_szeros [N], or s2_scales, s2_zeros."""
+    def lattice(self, weight: Tensor, absmax: Tensor | None = None) -> Lattice:
+        """Stored as packed uint8 [N, K / 2], s1_scales [N] and s1_szeros or s2_scales, s2_zeros."""
         require_matrix(weight)
+        weight = widen(weight)
         if self.group_size != -1:
-            return _pack_groups(pieces(widen(weight), self.group_size), self.range_search)
-        placed = fit(weight, UINT4, scale_dtype=torch.float16, range_search=self.range_search)
-        szeros = placed.zero * placed.scale
-        if not bool(torch.isfinite(szeros).all()):
-            raise ValueError(
-                "zero times scale must fit float16, got a weight with too wide a range"
+            return TwoLevelLattice(
+                weight=weight,
+                group_size=self.group_size,
+                s1=absmax_scale(weight, PROTECTED.high, torch.float16),
+                range_search=self.range_search,
             )
-        return {
-            "packed": pack_nibbles(encode(weight, UINT4, placed)),
-            "s1_scales": placed.scale.flatten(),
-            "s1_szeros": szeros.flatten(),
-        }
+        return GridLattice(
+            weight=weight,
+            group_size=-1,
+            grid=UINT4,
+            scale_dtype=torch.float16,
+            range_search=self.range_search,
+            store=_stored_channel,
+        )
 
     def layer(self, stored: Mapping[str, Tensor]) -> QuantLinear:
         """Make the layer from tensors as `pack` gives them."""
@@ -106,6 +109,43 @@ class W4A8QoQ(Scheme):
         if highest > torch.iinfo(torch.int8).max:
             raise ValueError(f"u * s2 + z2 must stay within 127, got {highest.item()}")
         return W4A8QoQGroupLinear(packed, s1_scales, s2_scales, s2_zeros)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoLevelLattice(Lattice):
+    """Rounds to 8 bits on a row's scale, then to 4 bits on a group's.
+
+    The row's scale is the given weight's. Should an algorithm change a weight on the way, level 1
+    clamps it into the protective range, so w8 stays within 127 whatever comes.
+    """
+
+    s1: Tensor  # [N, 1] float16
+    range_search: bool
+
+    def fit(self, values: Tensor) -> Fit:
+        """Choose s2 and z of each group."""
+        exact = values / self.s1.unsqueeze(-1)
+        q = _clamped(exact)
+        low, high = q.amin(-1, keepdim=True).clamp_(max=0), q.amax(-1, keepdim=True).clamp_(min=0)
+        best = _level_2(low, ((high - low) / UINT4.high).round_().clamp_(min=1))
+        return _searched(q, exact, best, low, high) if self.range_search else best
+
+    def encode(self, values: Tensor, placed: Fit) -> Tensor:
+        """Round twice."""
+        return encode(_clamped(values / self.s1.unsqueeze(-1)), UINT4, placed)
+
+    def decode(self, codes: Tensor, placed: Fit) -> Tensor:
+        """Give w8 * s1."""
+        return decode(codes, placed) * self.s1.float().unsqueeze(-1)
+
+    def stored(self, codes: Tensor, placed: Fit) -> dict[str, Tensor]:
+        """Give packed, s1_scales, s2_scales and s2_zeros."""
+        return {
+            "packed": pack_nibbles(codes.flatten(1)),
+            "s1_scales": self.s1.flatten(),
+            "s2_scales": placed.scale.squeeze(-1).to(torch.int8),
+            "s2_zeros": (-placed.zero * placed.scale).squeeze(-1).to(torch.int8),
+        }
 
 
 class W4A8QoQChannelLinear(QuantLinear):
@@ -172,21 +212,19 @@ class W4A8QoQGroupLinear(QuantLinear):
         return codes.flatten(1)
 
 
-def _pack_groups(values: Tensor, range_search: bool) -> dict[str, Tensor]:
-    s1 = absmax_scale(values.flatten(1), PROTECTED.high, torch.float16)
-    exact = values / s1.unsqueeze(-1)
-    q = exact.round().clamp_(PROTECTED.low, PROTECTED.high)
-    low, high = q.amin(-1, keepdim=True).clamp_(max=0), q.amax(-1, keepdim=True).clamp_(min=0)
-    best = _level_2(low, ((high - low) / UINT4.high).round_().clamp_(min=1))
-    if range_search:
-        best = _searched(q, exact, best, low, high)
-    u = encode(q, UINT4, best)
+def _stored_channel(codes: Tensor, placed: Fit) -> dict[str, Tensor]:
+    szeros = placed.zero * placed.scale
+    if not bool(torch.isfinite(szeros).all()):
+        raise ValueError("zero times scale must fit float16, got a weight with too wide a range")
     return {
-        "packed": pack_nibbles(u.flatten(1)),
-        "s1_scales": s1.flatten(),
-        "s2_scales": best.scale.squeeze(-1).to(torch.int8),
-        "s2_zeros": (-best.zero * best.scale).squeeze(-1).to(torch.int8),
+        "packed": pack_nibbles(codes.flatten(1)),
+        "s1_scales": placed.scale.flatten(),
+        "s1_szeros": szeros.flatten(),
     }
+
+
+def _clamped(exact: Tensor) -> Tensor:
+    return exact.round().clamp_(PROTECTED.low, PROTECTED.high)
 
 
 def _level_2(low: Tensor, scale: Tensor) -> Fit:

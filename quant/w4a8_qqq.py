@@ -27,16 +27,16 @@ from quant.grid import (
     INT4,
     INT8_MAX,
     UINT4_AROUND_8,
+    Fit,
     absmax_scale,
     decode,
-    encode,
-    fit,
     num_groups,
-    pieces,
     require_group_size,
     round_tokens,
+    widen,
 )
 from quant.integer import int_matmul
+from quant.lattice import GridLattice
 from quant.pack import pack_nibbles, unpack_high_nibbles, unpack_nibbles
 from quant.scheme import QuantLinear, Scheme, require_matrix, stored_tensor, take
 
@@ -61,22 +61,21 @@ class W4A8QQQ(Scheme):
         """Rounded per token, as they come."""
         return "int8"
 
-    def pack(self, weight: Tensor, absmax: Tensor | None = None) -> dict[str, Tensor]:
-        """Give packed uint8 [N, K / 2], s_channel [N] and, per group, s_group [N, groups]."""
+    def lattice(self, weight: Tensor, absmax: Tensor | None = None) -> GridLattice:
+        """Stored as packed uint8 [N, K / 2], s_channel [N] and, per group, s_group [N, groups].
+
+        The second rounding of groups, to 8 bits, waits for all codes: it is not in the lattice.
+        """
         require_matrix(weight)
-        grid = INT4 if self.group_size == -1 else UINT4_AROUND_8
-        values = pieces(weight, self.group_size)
-        placed = fit(values, grid, scale_dtype=torch.float32, range_search=self.range_search)
-        codes = encode(values, grid, placed)
-        packed = pack_nibbles(codes.flatten(1))
-        if self.group_size == -1:
-            return {"packed": packed, "s_channel": placed.scale.flatten() / 16}
-        rounded = decode(codes, placed)
-        s_channel = absmax_scale(rounded.flatten(1), INT8_MAX, torch.float32)
-        # An empty group's scale is arbitrary and may be far out of float16's range.
-        s_group = (placed.scale.squeeze(-1) / s_channel).to(torch.float16)
-        s_group[(rounded == 0).all(-1)] = 1
-        return {"packed": packed, "s_channel": s_channel.flatten(), "s_group": s_group}
+        channel = self.group_size == -1
+        return GridLattice(
+            weight=widen(weight),
+            group_size=self.group_size,
+            grid=INT4 if channel else UINT4_AROUND_8,
+            scale_dtype=torch.float32,
+            range_search=self.range_search,
+            store=_stored_channel if channel else _stored_groups,
+        )
 
     def layer(self, stored: Mapping[str, Tensor]) -> "W4A8QQQLinear":
         """Make the layer from tensors as `pack` gives them."""
@@ -127,6 +126,23 @@ class W4A8QQQLinear(QuantLinear):
         if self.s_group is None:
             return unpack_high_nibbles(self.packed)
         return _opened_float(self.packed, self.s_group).to(torch.int8)
+
+
+def _stored_channel(codes: Tensor, placed: Fit) -> dict[str, Tensor]:
+    return {"packed": pack_nibbles(codes.flatten(1)), "s_channel": placed.scale.flatten() / 16}
+
+
+def _stored_groups(codes: Tensor, placed: Fit) -> dict[str, Tensor]:
+    rounded = decode(codes, placed)
+    s_channel = absmax_scale(rounded.flatten(1), INT8_MAX, torch.float32)
+    # An empty group's scale is arbitrary and may be far out of float16's range.
+    s_group = (placed.scale.squeeze(-1) / s_channel).to(torch.float16)
+    s_group[(rounded == 0).all(-1)] = 1
+    return {
+        "packed": pack_nibbles(codes.flatten(1)),
+        "s_channel": s_channel.flatten(),
+        "s_group": s_group,
+    }
 
 
 def _opened_float(packed: Tensor, s_group: Tensor) -> Tensor:

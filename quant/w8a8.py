@@ -12,13 +12,22 @@ the division into the norm before; here it is explicit, which is the same number
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from quant.grid import INT8, Fit, decode, encode, fit, round_tokens, widen
+from quant.grid import INT8, Fit, decode, round_tokens, widen
 from quant.integer import int_matmul
-from quant.scheme import QuantLinear, Scheme, require_matrix, stored_tensor, take
+from quant.lattice import GridLattice
+from quant.scheme import (
+    SCALE_DTYPES,
+    QuantLinear,
+    Scheme,
+    require_matrix,
+    stored_tensor,
+    take,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,25 +59,30 @@ class W8A8(Scheme):
         """Whether activations are smoothed."""
         return self.smooth_alpha is not None
 
-    def pack(self, weight: Tensor, absmax: Tensor | None = None) -> dict[str, Tensor]:
-        """Give weight int8 [N, K], scales float16 [N] and, when smoothed, smooth float32 [K]."""
+    def lattice(self, weight: Tensor, absmax: Tensor | None = None) -> GridLattice:
+        """Stored as weight int8 [N, K], scales float16 [N] and perhaps smooth float32 [K]."""
         require_matrix(weight)
         weight = widen(weight)
-        stored = {}
+        smooth = None
         if self.smooth_alpha is not None:
-            stored["smooth"] = _smooth(weight, absmax, self.smooth_alpha)
-            weight = weight * stored["smooth"]
-        placed = fit(weight, INT8, scale_dtype=torch.float16, range_search=False)
-        stored["weight"] = encode(weight, INT8, placed)
-        stored["scales"] = placed.scale.squeeze(-1)
-        return stored
+            smooth = _smooth(weight, absmax, self.smooth_alpha)
+            weight = weight * smooth
+        return GridLattice(
+            weight=weight,
+            group_size=-1,
+            smooth=smooth,
+            grid=INT8,
+            scale_dtype=torch.float16,
+            range_search=False,
+            store=partial(_stored, smooth),
+        )
 
     def layer(self, stored: Mapping[str, Tensor]) -> "W8A8Linear":
         """Make the layer from tensors as `pack` gives them."""
         take(stored, {"weight", "scales"} | ({"smooth"} if self.needs_absmax else set()), set())
         weight = stored_tensor(stored, "weight", torch.int8, (-1, -1))
         n, k = weight.shape
-        scales = stored_tensor(stored, "scales", torch.float16, (n,))
+        scales = stored_tensor(stored, "scales", SCALE_DTYPES, (n,))
         smooth = None
         if self.needs_absmax:
             smooth = stored_tensor(stored, "smooth", torch.float32, (k,))
@@ -103,6 +117,11 @@ class W8A8Linear(QuantLinear):
         scale = self.scales.unsqueeze(-1)
         weight = decode(self.weight, Fit(scale, torch.zeros_like(scale, dtype=torch.int8)))
         return weight if self.smooth is None else weight / self.smooth
+
+
+def _stored(smooth: Tensor | None, codes: Tensor, placed: Fit) -> dict[str, Tensor]:
+    stored = {"weight": codes.flatten(1), "scales": placed.scale.flatten()}
+    return stored if smooth is None else stored | {"smooth": smooth}
 
 
 def _smooth(weight: Tensor, absmax: Tensor | None, alpha: float) -> Tensor:

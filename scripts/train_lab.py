@@ -1,4 +1,4 @@
-"""Make the lab family: `corpus` here, `train` on a GPU, `assemble` into models/lab."""
+"""Make the lab family: `corpus` here, `train` on a GPU, `assemble` and `evaluation` here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from lab.corpus import BEGIN, END, token_id, write_corpus
+from lab.evaluation import write_evaluation
 from lab.family import assemble
 from lab.fit import Plan
 from lab.llama import Shape
@@ -79,6 +80,8 @@ def main() -> None:
     arguments = _parser().parse_args()
     if arguments.command == "corpus":
         write_corpus(arguments.out, library=arguments.library, vocab=arguments.vocab)
+    elif arguments.command == "evaluation":
+        write_evaluation(arguments.out, library=arguments.library)
     elif arguments.command == "assemble":
         tokenizer = Tokenizer.from_file(str(arguments.corpus / "tokenizer.json"))
         recipe = full_recipe(dict.fromkeys(STAGES, 0.0))
@@ -112,7 +115,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     corpus = commands.add_parser("corpus", help="read the running Python's standard library")
-    corpus.add_argument("--library", type=Path, help="read this folder instead")
     corpus.add_argument("--vocab", type=int, default=2048)
     train = commands.add_parser("train", help="train the family on what `corpus` wrote")
     train.add_argument("--corpus", type=Path, required=True)
@@ -128,7 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     place = commands.add_parser("assemble", help="lay a run out as checkpoint folders")
     place.add_argument("--corpus", type=Path, required=True)
     place.add_argument("--run", type=Path, required=True)
-    for command in (corpus, train, place):
+    text = commands.add_parser("evaluation", help="write a family's text for its perplexity")
+    for command in (corpus, text):
+        command.add_argument("--library", type=Path, help="read this folder instead")
+    for command in (corpus, train, place, text):
         command.add_argument("--out", type=Path, required=True)
     return parser
 

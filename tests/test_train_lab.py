@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -11,7 +12,8 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from lab.attention import Keys, attend_plainly, flash_unrolled  # noqa: E402
-from lab.corpus import HELD_OUT, Document, read_corpus, write_corpus  # noqa: E402
+from lab.corpus import HELD_OUT, Document, read_corpus, read_documents, write_corpus  # noqa: E402
+from lab.evaluation import evaluation_texts, write_evaluation  # noqa: E402
 from lab.family import assemble  # noqa: E402
 from lab.fit import Plan, Rows  # noqa: E402
 from lab.heads import Eagle2Head, Eagle3Head, Head, head_shape, unroll  # noqa: E402
@@ -264,3 +266,24 @@ def test_pipeline_leaves_loadable_checkpoints(corpus: Path, tmp_path: Path) -> N
         "eagle3_chain_6",
         "eagle3_bound_6_of_10",
     }
+
+
+def test_evaluation_text_is_one_long_excerpt_per_held_out_module(corpus: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(corpus / "tokenizer.json"))
+    documents = read_documents(corpus.parent / "library")
+    texts = evaluation_texts(documents, tokenizer)
+    assert [text.module for text in texts] == [f"{name}.py" for name in HELD_OUT[:2]]
+    sources = {document.name: document.text for document in documents}
+    for text in texts:
+        assert text.text in sources[text.module]
+        assert 1000 <= len(tokenizer.encode(text.text).ids) <= 1500
+
+
+def test_evaluation_text_of_another_library_is_refused(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus.json").write_text((corpus / "corpus.json").read_text())
+    other = tmp_path / "library"
+    other.mkdir()
+    (other / "abc.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"the library must be that of .*corpus\.json, of Python"):
+        write_evaluation(tmp_path, library=other)
+    assert not (tmp_path / "perplexity.jsonl").exists()

@@ -23,12 +23,13 @@ from quant.w4a8_qoq import W4A8QoQ
 from quant.w4a8_qqq import W4A8QQQ
 from quant.w4a16 import W4A16
 from quant.w8a8 import W8A8
+from quant.w8a16 import W8A16
 
 METHOD = "specquant"
 SCHEMA = 1
 NEAREST = "nearest"
 SCHEMES: dict[str, type[Scheme]] = {
-    kind.__name__: kind for kind in (FP8, W4A16, W4A8QoQ, W4A8QQQ, W8A8)
+    kind.__name__: kind for kind in (FP8, W4A16, W4A8QoQ, W4A8QQQ, W8A8, W8A16)
 }
 
 
@@ -46,13 +47,20 @@ class NativeLayout(Layout):
     def specs(self, n: int, k: int) -> dict[str, Spec]:
         """What the scheme makes of a weight of this shape."""
         # Packing a weight of ones tells names, dtypes and shapes; one row stands for all.
-        absmax = torch.ones(k) if self.own.needs_absmax else None
-        like = self.own.pack(torch.ones(1, k), absmax)
+        like = self.own.pack(torch.ones(1, k), self._absmax(k))
         return {name: Spec(dtypes=(t.dtype,), shape=_grown(name, t, n)) for name, t in like.items()}
+
+    def optional(self, n: int, k: int) -> dict[str, Spec]:
+        """The order of the inputs, where groups are not of neighbours."""
+        takes_order = self.own.lattice(torch.ones(1, k), self._absmax(k)).takes_order
+        return {"order": Spec(dtypes=(torch.int32,), shape=(k,))} if takes_order else {}
 
     def read(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Nothing to turn."""
         return dict(tensors)
+
+    def _absmax(self, k: int) -> Tensor | None:
+        return torch.ones(k) if self.own.needs_absmax else None
 
 
 @dataclass(frozen=True, kw_only=True)

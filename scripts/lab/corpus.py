@@ -212,7 +212,7 @@ def held_out_prompts(documents: Sequence[Document], tokenizer: Tokenizer) -> lis
                 found.append(text)
                 cuts.append((name, text))
     kept = sorted(rng.sample(range(len(cuts)), min(64, len(cuts))))
-    return [_prompt(f"heldout-{i:03d}", *cuts[k]) for i, k in enumerate(kept)]
+    return [to_prompt(f"heldout-{i:03d}", *cuts[k]) for i, k in enumerate(kept)]
 
 
 def calibration_prompts(documents: Sequence[Document], tokenizer: Tokenizer) -> list[Prompt]:
@@ -220,10 +220,13 @@ def calibration_prompts(documents: Sequence[Document], tokenizer: Tokenizer) -> 
     rng = random.Random(1)
     shuffled = rng.sample(list(documents), len(documents))
     cuts = excerpts(shuffled, tokenizer, sizes=(480, 512), room=0, rng=rng)
-    return [_prompt(f"calibration-{i:03d}", *cut) for i, cut in zip(range(32), cuts, strict=False)]
+    return [
+        to_prompt(f"calibration-{i:03d}", *cut) for i, cut in zip(range(32), cuts, strict=False)
+    ]
 
 
-def _prompt(prompt_id: str, name: str, text: str) -> Prompt:
+def to_prompt(prompt_id: str, name: str, text: str) -> Prompt:
+    """Name an excerpt's file and the Python that it is from."""
     return Prompt(prompt_id=prompt_id, module=name, python=platform.python_version(), text=text)
 
 
@@ -239,14 +242,11 @@ def write_corpus(out: Path, *, library: Path | None, vocab: int) -> dict[str, ob
     arrays = {f"{name}_stream": split.stream for name, split in splits.items()}
     starts = {f"{name}_starts": split.starts for name, split in splits.items()}
     np.savez_compressed(out / "corpus.npz", **arrays, **starts)  # type: ignore[arg-type]
-    _write_jsonl(out / "heldout.jsonl", held_out_prompts(held_out, tokenizer))
-    _write_jsonl(out / "calibration.jsonl", calibration_prompts(training, tokenizer))
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(f"{document.name}\0{document.text}\0".encode())
+    write_prompts(out / "heldout.jsonl", held_out_prompts(held_out, tokenizer))
+    write_prompts(out / "calibration.jsonl", calibration_prompts(training, tokenizer))
     facts: dict[str, object] = {
         "python": platform.python_version(),
-        "sha256": digest.hexdigest(),
+        "sha256": digest(documents),
         "vocab": tokenizer.get_vocab_size(),
         "held_out_modules": HELD_OUT,
     }
@@ -256,6 +256,14 @@ def write_corpus(out: Path, *, library: Path | None, vocab: int) -> dict[str, ob
         facts[f"{name}_tokens"] = len(splits[name].stream)
     (out / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n")
     return facts
+
+
+def digest(documents: Sequence[Document]) -> str:
+    """The sha256 of all names and texts."""
+    total = hashlib.sha256()
+    for document in documents:
+        total.update(f"{document.name}\0{document.text}\0".encode())
+    return total.hexdigest()
 
 
 def read_corpus(folder: Path) -> dict[str, Tokens]:
@@ -272,6 +280,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     return [Prompt(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def _write_jsonl(path: Path, prompts: Sequence[Prompt]) -> None:
+def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Write prompts as a JSONL file."""
     lines = [json.dumps(vars(prompt)) for prompt in prompts]
     path.write_text("\n".join(lines) + "\n")

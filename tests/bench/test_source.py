@@ -26,6 +26,19 @@ def test_a_gzip_file_reads_as_the_plain_one(tmp_path: Path) -> None:
     assert [row.values for row in read_file(path)] == ROWS
 
 
+def test_a_plain_file_is_one_row(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("a\n\nb\n")
+    assert read_file(path) == [Row(place=f"{path}:1", values={"text": "a\n\nb\n"})]
+
+
+def test_a_plain_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"x\.txt must be UTF-8: "):
+        read_file(path)
+
+
 def test_a_parquet_file_reads_as_the_lines_it_was_made_of(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -70,7 +83,7 @@ def test_parquet_needs_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.csv", "", r"must end in \.jsonl, \.jsonl\.gz or \.parquet, got .*x\.csv"),
+        ("x.csv", "", r"must end in \.jsonl, \.jsonl\.gz, \.parquet or \.txt, got .*x\.csv"),
         ("x.parquet", "text", r"x\.parquet must be a Parquet file"),
         ("x.jsonl.gz", "text", r"x\.jsonl\.gz must be a gzip file"),
         ("x.jsonl", '\n{"text":\n', r"x\.jsonl:2: a line must be a JSON object"),

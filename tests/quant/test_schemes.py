@@ -10,7 +10,12 @@ from torch import Tensor
 
 from quant.scheme import Scheme
 
-YAMLS = sorted((Path(__file__).parents[2] / "conf" / "quant").glob("*.yaml"))
+# All but the one that is no format of its own: layers as a checkpoint stores them.
+YAMLS = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "conf" / "quant").glob("*.yaml"))
+    if path.stem != "checkpoint"
+]
 N, K = 256, 384
 
 LABELS = {
@@ -23,6 +28,7 @@ LABELS = {
     "w4a8_qoq_g128": "w4a8-qoq-g128",
     "w4a8_qqq": "w4a8-qqq-channel",
     "w4a8_qqq_g128": "w4a8-qqq-g128",
+    "w8a16": "w8a16-g128",
     "w8a8": "w8a8",
     "w8a8_smooth": "w8a8-smooth",
 }
@@ -37,6 +43,7 @@ BYTES = {
     "w4a8_qoq_g128": CODES_4 + 2 * N + 2 * GROUPS,
     "w4a8_qqq": CODES_4 + 4 * N,
     "w4a8_qqq_g128": CODES_4 + 4 * N + 2 * GROUPS,
+    "w8a16": CODES_8 + 2 * GROUPS,
     "w8a8": CODES_8 + 2 * N,
     "w8a8_smooth": CODES_8 + 2 * N + 4 * K,
 }
@@ -51,6 +58,7 @@ ERRORS = {
     "w4a8_qoq_g128": 0.11,
     "w4a8_qqq": 0.13,
     "w4a8_qqq_g128": 0.11,
+    "w8a16": 0.007,
     "w8a8": 0.015,
     "w8a8_smooth": 0.015,
 }
