@@ -5,7 +5,7 @@ from typing import Any
 
 from methods.rope import Rope, read_rope
 from methods.transformer import Shape
-from quant.formats import FLOATS, Quantization, Spec
+from quant.formats import Quantization, Spec
 
 EMBEDDING = "model.embed_tokens.weight"
 # Projections of the same input, which are read as one layer: some files hold them so.
@@ -130,7 +130,7 @@ def stored_tensors(shape: Shape, quantization: Quantization | None) -> tuple[Ten
             raise ValueError(f"{module}: {error}") from error
         # GPTQ's older writers give every layer a bias: of zeros, as is checked on reading.
         if f"{module}.bias" not in shapes:
-            optional[f"{module}.bias"] = Spec(dtypes=FLOATS, shape=size[:1])
+            optional[f"{module}.bias"] = size[:1]
     return required, optional
 
 

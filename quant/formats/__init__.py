@@ -14,10 +14,10 @@ Letters: K in-features, N out-features.
 from collections.abc import Mapping, Set
 from typing import Any
 
-from quant.formats.layout import FLOATS, Layout, Quantization, Spec
+from quant.formats.layout import Layout, Quantization, Spec
 from quant.formats.native import read_native
 
-__all__ = ["FLOATS", "Layout", "Quantization", "Spec", "read_quantization"]
+__all__ = ["Layout", "Quantization", "Spec", "read_quantization"]
 
 READERS = {"specquant": read_native}
 
