@@ -19,14 +19,15 @@ def run_writer(module: str, out: Path) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", f"tests.quant.formats.{module}", str(out)],
         cwd=out,
-        # GPTQModel fails on two cores unless it is told how many workers to take, and compiles a
-        # packing kernel unless it is told not to.
+        # GPTQModel fails on two cores unless it is told how many workers to take, and compiles
+        # unless it is told not to, once in C++ and once through torch.
         env=os.environ
         | {
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
             "GPTQMODEL_CPU_WORKERS": "2",
             "GPTQMODEL_DISABLE_PACK_EXT": "1",
+            "TORCHDYNAMO_DISABLE": "1",
         },
         capture_output=True,
         text=True,
@@ -40,3 +41,9 @@ def run_writer(module: str, out: Path) -> Path:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Single layers, as tests.quant.formats.cases names them."""
     return run_writer("write_layers", tmp_path_factory.mktemp("layers"))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whole folders, as tests.quant.formats.write_models names them."""
+    return run_writer("write_models", tmp_path_factory.mktemp("models"))

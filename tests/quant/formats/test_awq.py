@@ -10,7 +10,8 @@ from quant.formats import read_quantization
 from tests.quant.formats.cases import AWQ, MODULE, Case
 from tests.quant.formats.reading import layout_of, load_case, opened
 
-pytestmark = pytest.mark.xdist_group("layers")
+# The first test waits for the packages to write.
+pytestmark = [pytest.mark.xdist_group("layers"), pytest.mark.timeout(900)]
 
 PLAIN = Case(package="autoawq", symmetric=False, group_size=64)
 

@@ -16,7 +16,8 @@ from quant.grid import num_groups
 from tests.quant.formats.cases import GPTQ, MODULE, SPOILT, Case, K
 from tests.quant.formats.reading import layout_of, load_case, opened
 
-pytestmark = pytest.mark.xdist_group("layers")
+# The first test waits for the packages to write.
+pytestmark = [pytest.mark.xdist_group("layers"), pytest.mark.timeout(900)]
 
 PLAIN = Case(package="gptqmodel", version="gptq", symmetric=False, group_size=64)
 SCATTERED = Case(

@@ -9,7 +9,8 @@ import torch
 from tests.quant.formats.cases import QQQ, Case, N
 from tests.quant.formats.reading import layout_of, load_case, opened
 
-pytestmark = pytest.mark.xdist_group("layers")
+# The first test waits for the packages to write.
+pytestmark = [pytest.mark.xdist_group("layers"), pytest.mark.timeout(900)]
 
 GROUPS = Case(package="gptqmodel_qqq", group_size=128)
 
