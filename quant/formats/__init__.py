@@ -5,6 +5,9 @@
     stored = layout.read({suffix: tensor, ...})             # tensors that layout.scheme understands
     layout.scheme.layer(stored).dequantize()                # the toolkit's own weight, bit for bit
 
+Bit for bit: our float32 holds the product of a code and a scale exactly, and rounded to the dtype
+that the toolkit opens its weights in, it is the toolkit's weight. Tests let the toolkits write.
+
 One file a toolkit's family of layouts. What a toolkit can write and no scheme here can compute is
 refused by name; nothing is approximated.
 

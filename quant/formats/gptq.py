@@ -140,11 +140,17 @@ def read_gptq(values: Mapping[str, Any], names: Set[str]) -> Quantization:
     only = names_in(values, "modules_in_block_to_quantize")
     return RuledQuantization(
         own=own,
-        rounding="gptq",
+        rounding=_rounding(values),
         rules=read_rules(values, partial(_changed, own)),
         lm_head=setting(values, "lm_head", bool, False),
         only=tuple(f".{name}" for name in only) or None,
     )
+
+
+def _rounding(values: Mapping[str, Any]) -> str:
+    """Tell GPTQ from GPTQModel's rounding to nearest, which is stored the same way."""
+    meta = values.get("meta")
+    return "rtn" if isinstance(meta, Mapping) and "weight_only" in meta else "gptq"
 
 
 def _changed(layout: GPTQLayout, changes: Mapping[str, Any]) -> GPTQLayout:

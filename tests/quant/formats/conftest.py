@@ -7,15 +7,27 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from bench.build import ROOT
 
 
-def run_writer(module: str, out: Path) -> Path:
-    """Let the packages write into a folder: python -m tests.quant.formats.<module> OUT."""
+def written_by(module: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Let the packages write into a folder, which the workers of a session share."""
     for package in ("gptqmodel", "awq"):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed, which writes these files")
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / module
+    with FileLock(f"{out}.lock"):
+        if not out.is_dir():
+            out.mkdir()
+            run(module, out)
+    return out
+
+
+def run(module: str, out: Path) -> None:
+    """Run python -m tests.quant.formats.<module> OUT."""
     done = subprocess.run(
         [sys.executable, "-m", f"tests.quant.formats.{module}", str(out)],
         cwd=out,
@@ -34,16 +46,15 @@ def run_writer(module: str, out: Path) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return out
 
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Single layers, as tests.quant.formats.cases names them."""
-    return run_writer("write_layers", tmp_path_factory.mktemp("layers"))
+    return written_by("write_layers", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Whole folders, as tests.quant.formats.write_models names them."""
-    return run_writer("write_models", tmp_path_factory.mktemp("models"))
+    return written_by("write_models", tmp_path_factory)

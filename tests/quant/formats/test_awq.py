@@ -11,7 +11,7 @@ from tests.quant.formats.cases import AWQ, MODULE, Case
 from tests.quant.formats.reading import layout_of, load_case, opened
 
 # The first test waits for the packages to write.
-pytestmark = [pytest.mark.xdist_group("layers"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 PLAIN = Case(package="autoawq", symmetric=False, group_size=64)
 

@@ -41,9 +41,6 @@ OURS: dict[str, Scheme] = {
 # Integer inputs: the package takes absmax / 127.5 where the schemes here take absmax / 127.
 NEAR = {"": 1e-5, "float": 1e-5, "int": 0.1}
 
-# One worker has the toolkits write.
-pytestmark = pytest.mark.xdist_group("compressed")
-
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:

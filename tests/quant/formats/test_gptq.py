@@ -17,7 +17,7 @@ from tests.quant.formats.cases import GPTQ, MODULE, SPOILT, Case, K
 from tests.quant.formats.reading import layout_of, load_case, opened
 
 # The first test waits for the packages to write.
-pytestmark = [pytest.mark.xdist_group("layers"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 PLAIN = Case(package="gptqmodel", version="gptq", symmetric=False, group_size=64)
 SCATTERED = Case(
@@ -186,3 +186,12 @@ def test_layers_that_optimum_does_not_name_are_dense() -> None:
     assert quantization.layout(MODULE) is not None
     assert quantization.layout("model.layers.0.mlp.up_proj") is None
     assert quantization.layout("lm_head") is None
+
+
+def test_a_label_tells_rounding_to_nearest_from_gptq() -> None:
+    meta = PLAIN.config["meta"] | {"weight_only": {"smooth": None}}
+    quantization = read_quantization(
+        {"quantization_config": PLAIN.config | {"meta": meta}}, frozenset()
+    )
+    assert quantization is not None
+    assert quantization.label == "w4a16-g64-asym+rtn"

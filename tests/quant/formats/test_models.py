@@ -20,7 +20,7 @@ from quant.formats import read_quantization
 from quant.stored import AsStored
 
 # The first test waits for the packages to quantise.
-pytestmark = [pytest.mark.xdist_group("models"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 # Labels, and how far the largest difference of logits may be, relative to the largest logit. Half
 # precision rounds to 2^-11 in each of some thirty steps; bfloat16 to 2^-8; QQQ rounds activations,

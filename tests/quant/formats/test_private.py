@@ -33,9 +33,6 @@ PLACES = {
     "mlp.down": "mlp.down_proj",
 }
 
-# One worker has the toolkits write.
-pytestmark = pytest.mark.xdist_group("private")
-
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:

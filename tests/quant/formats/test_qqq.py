@@ -10,7 +10,7 @@ from tests.quant.formats.cases import QQQ, Case, N
 from tests.quant.formats.reading import layout_of, load_case, opened
 
 # The first test waits for the packages to write.
-pytestmark = [pytest.mark.xdist_group("layers"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 GROUPS = Case(package="gptqmodel_qqq", group_size=128)
 
