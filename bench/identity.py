@@ -30,6 +30,7 @@ CHECKPOINT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
+    "quantize_config.json",
     "tokenizer*",
     "special_tokens_map.json",
     "chat_template*",

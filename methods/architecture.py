@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from methods.rope import Rope
+from methods.rope import Rope, read_rope
 from methods.transformer import Shape
 from quant.formats import Quantization, Spec
 
@@ -12,16 +12,39 @@ EMBEDDING = "model.embed_tokens.weight"
 QKV, GATE_UP = "qkv_proj", "gate_up_proj"
 FUSED = {QKV: ("q_proj", "k_proj", "v_proj"), GATE_UP: ("gate_proj", "up_proj")}
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# Keys that a family must spell out, since transformers fills them in with numbers of its own.
+NEEDED = {
+    "mistral": ("num_key_value_heads", "sliding_window"),
+    "qwen2": ("num_key_value_heads",),
+    "qwen3": ("num_key_value_heads", "head_dim"),
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+
 Tensors = dict[str, tuple[int, ...] | Spec]
 
 
 def read_shape(config: Mapping[str, Any]) -> Shape:
-    """Take the sizes from a Llama configuration, or raise ValueError naming the key."""
-    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+    """Take the sizes from a configuration of one of FAMILIES, or raise ValueError naming the key.
+
+    What transformers computes from the same keys is what is meant. Where a layer attends to a
+    sliding window, `max_positions` ends with the window: within it nothing has slid out of sight,
+    so that a context there is exact.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"config.json: model_type must be one of {', '.join(FAMILIES)}, got {family!r}"
+        )
+    for key, plain in (("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(key, plain) != plain:
             raise ValueError(f"config.json: {key} must be {plain}, got {config[key]}")
+    bias = family in ("llama", "qwen3") and bool(config.get("attention_bias"))
     try:
+        if missing := [key for key in NEEDED.get(family, ()) if key not in config]:
+            raise KeyError(missing[0])
         heads = config["num_attention_heads"]
+        rope = read_rope(config)
         return Shape(
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
@@ -31,16 +54,20 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
             num_kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             norm_eps=config["rms_norm_eps"],
-            max_positions=config["max_position_embeddings"],
-            rope=_read_rope(config),
+            max_positions=_max_positions(config, rope),
+            rope=rope,
             tied=bool(config.get("tie_word_embeddings")),
+            # `qkv_bias` is a key of published EAGLE heads, whatever their model_type.
+            qkv_bias=bool(config.get("qkv_bias", bias or family == "qwen2")),
+            out_bias=bias,
+            head_norms=family == "qwen3",
         )
     except KeyError as error:
         raise ValueError(f"config.json must have {error}") from error
 
 
 def transformer_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Llama checkpoint, by its published name."""
+    """Every tensor of a dense checkpoint, by its published name."""
     hidden = shape.hidden_size
     expected = {EMBEDDING: (shape.vocab_size, hidden), "model.norm.weight": (hidden,)}
     if not shape.tied:
@@ -56,31 +83,42 @@ def block_shapes(prefix: str, shape: Shape, *, attention_in: int) -> dict[str, t
     """The tensors that every decoder layer has, also an EAGLE head's."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    return {
-        f"{prefix}self_attn.q_proj.weight": (queries, attention_in),
-        f"{prefix}self_attn.k_proj.weight": (keys, attention_in),
-        f"{prefix}self_attn.v_proj.weight": (keys, attention_in),
-        f"{prefix}self_attn.o_proj.weight": (hidden, queries),
+    place = f"{prefix}self_attn."
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{place}q_proj.weight": (queries, attention_in),
+        f"{place}k_proj.weight": (keys, attention_in),
+        f"{place}v_proj.weight": (keys, attention_in),
+        f"{place}o_proj.weight": (hidden, queries),
         f"{prefix}mlp.gate_proj.weight": (inner, hidden),
         f"{prefix}mlp.up_proj.weight": (inner, hidden),
         f"{prefix}mlp.down_proj.weight": (hidden, inner),
         f"{prefix}post_attention_layernorm.weight": (hidden,),
     }
+    if shape.qkv_bias:
+        shapes |= {f"{place}q_proj.bias": (queries,)}
+        shapes |= {f"{place}{part}_proj.bias": (keys,) for part in ("k", "v")}
+    if shape.out_bias:
+        shapes[f"{place}o_proj.bias"] = (hidden,)
+    if shape.head_norms:
+        shapes |= {f"{place}{part}_norm.weight": (shape.head_dim,) for part in ("q", "k")}
+    return shapes
 
 
 def stored_tensors(shape: Shape, quantization: Quantization | None) -> tuple[Tensors, Tensors]:
-    """Every tensor of a checkpoint, required and optional, where some layers are quantised."""
+    """Every tensor of a checkpoint, required and optional, where some layers may be quantised."""
     shapes = transformer_shapes(shape)
-    if quantization is None:
-        return {**shapes}, {}
-    if quantization.fused:
+    if quantization is not None and quantization.fused:
         shapes = _fused(shapes)
     required: Tensors = {}
-    optional: Tensors = {}
+    # Llama 2's files hold the plain frequencies, which config.json says better.
+    optional: Tensors = {
+        f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": (shape.head_dim // 2,)
+        for layer in range(shape.num_layers)
+    }
     for name, size in shapes.items():
         module = name.removesuffix(".weight")
         layout = None
-        if len(size) == 2 and name != EMBEDDING:
+        if quantization is not None and len(size) == 2 and name != EMBEDDING:
             layout = quantization.layout(module)
         if layout is None:
             required[name] = size
@@ -90,6 +128,9 @@ def stored_tensors(shape: Shape, quantization: Quantization | None) -> tuple[Ten
             optional |= {f"{module}.{k}": v for k, v in layout.optional(*size).items()}
         except ValueError as error:
             raise ValueError(f"{module}: {error}") from error
+        # GPTQ's older writers give every layer a bias: of zeros, as is checked on reading.
+        if f"{module}.bias" not in shapes:
+            optional[f"{module}.bias"] = size[:1]
     return required, optional
 
 
@@ -105,18 +146,31 @@ def _fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return fused
 
 
-def _read_rope(config: Mapping[str, Any]) -> Rope:
-    values = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = values.get("rope_type", values.get("type", "default"))
-    theta = values.get("rope_theta", config.get("rope_theta", 10000.0))
-    if kind == "default":
-        return Rope(theta=theta)
-    if kind == "llama3":
-        return Rope(
-            theta=theta,
-            factor=values["factor"],
-            low_freq_factor=values["low_freq_factor"],
-            high_freq_factor=values["high_freq_factor"],
-            original_max_positions=values["original_max_position_embeddings"],
+def _max_positions(config: Mapping[str, Any], rope: Rope) -> int:
+    """Positions that a context may have: trained for or stretched to, within any window."""
+    most: int = config["max_position_embeddings"]
+    if rope.scaling is not None:
+        most = max(most, rope.scaling.reach)
+    window = _window(config)
+    return most if window is None else min(most, window)
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a layer sees at most, itself included; None where all layers see everything."""
+    if config["model_type"] == "llama":
+        return None
+    window: int | None = config.get("sliding_window")
+    if config["model_type"] == "mistral":
+        return window
+    if not config.get("use_sliding_window"):
+        window = None
+    kinds = config.get("layer_types")
+    if kinds is None:
+        slides = window is not None and config["max_window_layers"] < config["num_hidden_layers"]
+        return window if slides else None
+    if not {*kinds} <= {FULL, SLIDING} or (SLIDING in kinds and window is None):
+        raise ValueError(
+            f"config.json: layer_types must be {FULL}, or {SLIDING} where use_sliding_window is "
+            f"true and there is a sliding_window, got {sorted({*kinds})}"
         )
-    raise ValueError(f"config.json: rope type must be default or llama3, got {kind!r}")
+    return window if SLIDING in kinds else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from methods.architecture import EMBEDDING, FUSED, GATE_UP, QKV, read_shape, stored_tensors
-from methods.transformer import MLP, Attention, Block, RMSNorm, Shape, Transformer
+from methods.transformer import MLP, Attention, Block, HeadNorm, RMSNorm, Shape, Transformer
 from methods.weights import Weights, read_config
 from quant.formats import Layout, Quantization, read_quantization
 from quant.scheme import QuantLinear, Scheme, stack
@@ -17,18 +17,16 @@ from quant.stacked import StackedLinear
 
 
 def check_transformer(folder: Path) -> Shape:
-    """Check a Llama folder without reading its weights; give its sizes."""
+    """Check a model's folder without reading its weights; give its sizes."""
     config = read_config(folder)
-    if config.get("model_type") != "llama":
-        raise ValueError(f"{folder}: model_type must be llama, got {config.get('model_type')!r}")
-    shape = read_shape(config)
     weights = Weights(folder)
     quantization = _quantization(config, weights)
-    ignored = {"lm_head.weight"} if shape.tied else set()
     try:
+        shape = read_shape(config)
         expected, optional = stored_tensors(shape, quantization)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    ignored = {"lm_head.weight"} if shape.tied else set()
     weights.require(expected, optional=optional, ignored=ignored)
     return shape
 
@@ -104,9 +102,12 @@ class Packer:
         """A norm by the name of its weight."""
         return RMSNorm(self.tensor(name), eps)
 
-    def linear(self, label: str, *modules: str) -> QuantLinear:
-        """One layer from those of the file, stacked. label: its name in our model."""
-        stored = [self._stored(module) for module in modules]
+    def linear(self, label: str, *modules: str, biased: bool = False) -> QuantLinear:
+        """One layer from those of the file, stacked. label: its name in our model.
+
+        biased: whether the file's layers have biases, which the model adds itself.
+        """
+        stored = [self._stored(module, biased=biased) for module in modules]
         try:
             if any(layout is not None for layout, _ in stored):
                 return self._taken(stored).to(self.device)
@@ -116,14 +117,17 @@ class Packer:
         except ValueError as error:
             raise ValueError(f"{label} in {self.scheme.label}: {error}") from error
 
-    def _stored(self, module: str) -> tuple[Layout | None, dict[str, Tensor]]:
+    def _stored(self, module: str, *, biased: bool) -> tuple[Layout | None, dict[str, Tensor]]:
         layout = None if self.quantization is None else self.quantization.layout(module)
         if layout is None:
             return None, {"weight": self.tensor(f"{module}.weight")}
         start = f"{module}."
         names = [name for name in self.weights if name.startswith(start)]
         tensors = {name.removeprefix(start): self.weights[name] for name in names}
-        return layout, layout.read({k: t for k, t in tensors.items() if k != "bias"})
+        bias = tensors.pop("bias", None)
+        if not biased and bias is not None and bool(bias.count_nonzero()):
+            raise ValueError(f"{module}.bias must be all zero, since the model adds none")
+        return layout, layout.read(tensors)
 
     def _taken(self, stored: Sequence[tuple[Layout | None, dict[str, Tensor]]]) -> QuantLinear:
         """Take layers as they are stored."""
@@ -139,10 +143,24 @@ class Packer:
     def attention(self, label: str, prefix: str, shape: Shape) -> Attention:
         """The attention of one decoder layer; its projections are fused, row by row unchanged."""
         place = f"{prefix}self_attn."
+        parts, out = self._parts(place, QKV), f"{place}o_proj"
         return Attention(
             shape,
-            qkv=self.linear(f"{label}.qkv", *self._parts(place, QKV)),
-            out=self.linear(f"{label}.out", f"{place}o_proj"),
+            qkv=self.linear(f"{label}.qkv", *parts, biased=shape.qkv_bias),
+            out=self.linear(f"{label}.out", out, biased=shape.out_bias),
+            qkv_bias=self._bias(*parts) if shape.qkv_bias else None,
+            out_bias=self._bias(out) if shape.out_bias else None,
+            norm=self._head_norm(place, shape) if shape.head_norms else None,
+        )
+
+    def _bias(self, *modules: str) -> Tensor:
+        return torch.cat([self.tensor(f"{module}.bias") for module in modules])
+
+    def _head_norm(self, place: str, shape: Shape) -> HeadNorm:
+        return HeadNorm(
+            shape,
+            queries=self.tensor(f"{place}q_norm.weight"),
+            keys=self.tensor(f"{place}k_norm.weight"),
         )
 
     def mlp(self, label: str, prefix: str) -> MLP:
@@ -200,7 +218,7 @@ def load_transformer(
 def load_lm_head(
     folder: Path, scheme: Scheme, *, dtype: torch.dtype, device: torch.device
 ) -> QuantLinear:
-    """Read a Llama folder's output projection alone, in a scheme of its own."""
+    """Read a folder's output projection alone, in a scheme of its own."""
     packer = open_packer(folder, scheme, dtype=dtype, device=device)
     return packer.linear("lm_head", _output_module(read_shape(read_config(folder))))
 

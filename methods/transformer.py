@@ -1,4 +1,4 @@
-"""The Llama decoder over a scratch cache: target, small draft model, and the blocks of EAGLE heads.
+"""A Llama-like decoder over a scratch cache: target, small draft model, blocks of EAGLE heads.
 
 Letters: B batch, n tokens read at once, D hidden, H query heads, G key-value heads, d head
 dimension, V vocabulary, F features kept for a drafter.
@@ -32,6 +32,9 @@ class Shape:
     max_positions: int
     rope: Rope
     tied: bool = False  # lm_head is the embedding
+    qkv_bias: bool = False
+    out_bias: bool = False
+    head_norms: bool = False  # queries and keys are normed before they are turned
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -69,14 +72,48 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class HeadNorm(nn.Module):
+    """Root-mean-square norm of every query head and every key head, each kind with its weight."""
+
+    weight: Tensor
+
+    def __init__(self, shape: Shape, *, queries: Tensor, keys: Tensor) -> None:
+        """queries, keys: [d]."""
+        super().__init__()
+        parts = [queries.expand(shape.num_heads, 1, -1), keys.expand(shape.num_kv_heads, 1, -1)]
+        # A row a head, so that both kinds are one product.
+        self.register_buffer("weight", torch.cat(parts))
+        self.eps = shape.norm_eps
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """heads: [B, H + G, n, d] -> the same shape."""
+        return F.rms_norm(heads, heads.shape[-1:], None, self.eps) * self.weight
+
+
 class Attention(nn.Module):
     """Self-attention with fused query, key and value projections."""
 
-    def __init__(self, shape: Shape, *, qkv: QuantLinear, out: QuantLinear) -> None:
+    qkv_bias: Tensor | None
+    out_bias: Tensor | None
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        qkv: QuantLinear,
+        out: QuantLinear,
+        qkv_bias: Tensor | None = None,
+        out_bias: Tensor | None = None,
+        norm: HeadNorm | None = None,
+    ) -> None:
+        """qkv_bias: [(H + 2G) * d]. out_bias: [D]. norm: of queries and keys."""
         super().__init__()
         self.heads, self.groups, self.dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.qkv = qkv
         self.out = out
+        self.register_buffer("qkv_bias", qkv_bias)
+        self.register_buffer("out_bias", out_bias)
+        self.norm = norm
 
     def forward(
         self,
@@ -88,11 +125,17 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x: [B, n, K] -> [B, n, D]; writes this layer's scratch."""
         batch, n, _ = x.shape
-        fused = self.qkv(x).view(batch, n, -1, self.dim).transpose(1, 2)
-        turned = rotate(fused[:, : self.heads + self.groups], rotation)
+        projected = self.qkv(x)
+        if self.qkv_bias is not None:
+            projected = projected + self.qkv_bias
+        fused = projected.view(batch, n, -1, self.dim).transpose(1, 2)
+        turning = fused[:, : self.heads + self.groups]
+        if self.norm is not None:
+            turning = self.norm(turning)
+        turned = rotate(turning, rotation)
         keys, values = kv.write(layer, turned[:, self.heads :], fused[:, -self.groups :])
         out: Tensor = self.out(attend(turned[:, : self.heads], keys, values, seen))
-        return out
+        return out if self.out_bias is None else out + self.out_bias
 
 
 class MLP(nn.Module):
@@ -229,12 +272,16 @@ class Transformer(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes read by one forward: all layers, norms and lm_head; of the embedding, nothing."""
-        norms = sum(m.weight.nbytes for m in self.modules() if isinstance(m, RMSNorm))
-        return norms + sum(m.weight_bytes for m in self.linears.values())
+        """Bytes read by one forward: layers, biases, norms, lm_head; of the embedding, nothing."""
+        own = (m for m in self.modules() if isinstance(m, RMSNorm | HeadNorm | Attention))
+        besides = sum(tensor.nbytes for m in own for tensor in m.buffers(recurse=False))
+        return besides + sum(m.weight_bytes for m in self.linears.values())
 
     def flops(self, n: int, context: int) -> int:
-        """Multiplications and additions of reading n tokens after `context`, lm_head included."""
+        """Multiplications and additions of reading n tokens after `context`, lm_head included.
+
+        Of matrix products alone: biases, norms and activations are left out.
+        """
         linear = sum(m.in_features * m.out_features for m in self.linears.values())
         heads = self.shape.num_layers * self.shape.num_heads * self.shape.head_dim
         return 2 * n * linear + 4 * n * heads * (context + n)

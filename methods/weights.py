@@ -15,6 +15,8 @@ from torch import Tensor
 from quant.formats import Spec
 
 INDEX = "model.safetensors.index.json"
+# AutoGPTQ wrote its settings here before config.json had a place for them.
+QUANTIZE_CONFIG = "quantize_config.json"
 # Written beside the weights by our own quantiser, and read by itself.
 ROTATION = "rotation.safetensors"
 # The names that safetensors gives dtypes.
@@ -115,17 +117,28 @@ class Weights(Mapping[str, Tensor]):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json, or raise ValueError naming the folder."""
+    """Read config.json, or raise ValueError naming the folder.
+
+    Where it says nothing of quantisation, an older folder's own file for that is read besides.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} must be a checkpoint folder with a config.json, found none")
+    config = _read_object(path)
+    older = folder / QUANTIZE_CONFIG
+    if "quantization_config" not in config and older.is_file():
+        config["quantization_config"] = {"quant_method": "gptq"} | _read_object(older)
+    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} must be JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must be a JSON object, got {type(config).__name__}")
-    return config
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(found).__name__}")
+    return found
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:

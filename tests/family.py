@@ -40,15 +40,60 @@ def llama_config(**changes: object) -> dict[str, Any]:
     return config | changes
 
 
+# What each family's config.json has besides, or in another place's stead, as published.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": None},
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "use_sliding_window": False,
+        "sliding_window": 64,
+        "max_window_layers": 3,
+    },
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "max_window_layers": 3,
+    },
+}
+# Every way to stretch 64 original positions to the 256 of `llama_config`.
+SCALINGS: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+}
+
+
+def family_config(family: str, **changes: object) -> dict[str, Any]:
+    return llama_config(model_type=family, **FAMILIES[family]) | changes
+
+
 def random_tensors(
     shapes: Mapping[str, tuple[int, ...]], seed: int, *, scale: float = 1.5
 ) -> dict[str, Tensor]:
-    """Norm weights near 1; matrices of unit gain times `scale`, so that logits are decided."""
+    """Norm weights near 1, biases near 0; matrices of unit gain times `scale`.
+
+    So that logits are decided, and nothing is at a value at which leaving it out would not show.
+    """
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=generator)
-        made[name] = 1 + 0.1 * noise if len(shape) == 1 else scale * noise / shape[-1] ** 0.5
+        if name.endswith(".bias"):
+            made[name] = 0.5 * noise
+        elif len(shape) == 1:
+            made[name] = 1 + 0.1 * noise
+        else:
+            made[name] = scale * noise / shape[-1] ** 0.5
     return made
 
 
@@ -60,6 +105,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], tensors: Mapping[str,
 
 
 def write_llama(folder: Path, config: dict[str, Any], seed: int) -> Path:
+    """Write a model of any family that Llama's names fit."""
     return write_checkpoint(
         folder, config, random_tensors(transformer_shapes(read_shape(config)), seed)
     )

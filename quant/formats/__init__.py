@@ -5,6 +5,9 @@
     stored = layout.read({suffix: tensor, ...})             # tensors that layout.scheme understands
     layout.scheme.layer(stored).dequantize()                # the toolkit's own weight, bit for bit
 
+Bit for bit: our float32 holds the product of a code and a scale exactly, and rounded to the dtype
+that the toolkit opens its weights in, it is the toolkit's weight. Tests let the toolkits write.
+
 One file a toolkit's family of layouts. What a toolkit can write and no scheme here can compute is
 refused by name; nothing is approximated.
 
@@ -14,12 +17,23 @@ Letters: K in-features, N out-features.
 from collections.abc import Mapping, Set
 from typing import Any
 
-from quant.formats.layout import Layout, Quantization, Spec
+from quant.formats.awq import read_awq
+from quant.formats.compressed import read_compressed
+from quant.formats.gptq import read_gptq
+from quant.formats.layout import FLOATS, Layout, Quantization, Spec
 from quant.formats.native import read_native
+from quant.formats.private import is_converted, read_converted, read_unnamed
+from quant.formats.qqq import read_qqq
 
-__all__ = ["Layout", "Quantization", "Spec", "read_quantization"]
+__all__ = ["FLOATS", "Layout", "Quantization", "Spec", "read_quantization"]
 
-READERS = {"specquant": read_native}
+READERS = {
+    "awq": read_awq,
+    "compressed-tensors": read_compressed,
+    "gptq": read_gptq,
+    "qqq": read_qqq,
+    "specquant": read_native,
+}
 
 
 def read_quantization(config: Mapping[str, Any], names: Set[str]) -> Quantization | None:
@@ -30,13 +44,15 @@ def read_quantization(config: Mapping[str, Any], names: Set[str]) -> Quantizatio
     """
     values = config.get("quantization_config")
     if values is None:
-        return None
+        return read_unnamed(names)
     if not isinstance(values, Mapping):
         raise ValueError(f"quantization_config must be an object, got {values!r}")
     method = values.get("quant_method")
+    if method == "gptq" and is_converted(config, names):
+        return read_converted(values, names)
     if method not in READERS:
         raise ValueError(
             f"quantization_config: quant_method must be one of {', '.join(sorted(READERS))}, "
             f"got {method!r}"
         )
-    return READERS[method](values)
+    return READERS[method](values, names)

@@ -9,7 +9,7 @@ Layers are written one by one, as published, so that any scheme's rows can be st
 Other keys, such as the calibration's, are for people.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ def describe(scheme: Scheme) -> dict[str, Any]:
     return {"name": type(scheme).__name__, **asdict(scheme)}  # type: ignore[call-overload]
 
 
-def read_native(values: Mapping[str, Any]) -> Quantization:
+def read_native(values: Mapping[str, Any], names: Set[str]) -> Quantization:
     """Read our own quantization_config."""
     if values.get("schema") != SCHEMA:
         raise ValueError(

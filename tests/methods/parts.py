@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from methods.calibrate import load_calibrated
-from methods.recipe import Family, Parts
+from methods.decode import generate
+from methods.recipe import Family, Parts, Recipe
 from methods.transformer import Transformer
 from methods.verify import Greedy, Rule
 from quant.dense import Dense
@@ -52,3 +53,7 @@ def make_parts(
         dense=Dense(),
         load=smaller,
     )
+
+
+def decode(recipe: Recipe, parts: Parts, prompt: list[int]) -> list[int]:
+    return generate(recipe.method(parts), prompt, limit=24, stop=lambda new: None).token_ids

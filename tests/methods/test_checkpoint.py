@@ -91,13 +91,17 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mixtral"}, "model_type must be llama, got 'mixtral'"),
+        (
+            {"model_type": "mixtral"},
+            "model_type must be one of llama, mistral, qwen2, qwen3, got 'mixtral'",
+        ),
         ({"quantization_config": {}}, "quant_method must be one of .*, got None"),
-        ({"attention_bias": True}, "attention_bias must be False, got True"),
+        ({"mlp_bias": True}, "mlp_bias must be False, got True"),
+        ({"attention_bias": True}, r"missing model.layers.0.self_attn.k_proj.bias, .* and 17 more"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu, got gelu"),
         (
-            {"rope_scaling": {"rope_type": "yarn"}},
-            "rope type must be default or llama3, got 'yarn'",
+            {"rope_scaling": {"rope_type": "longrope"}},
+            "rope type must be one of default, linear, dynamic, llama3, yarn, got 'longrope'",
         ),
         ({"num_attention_heads": 3}, "must be a multiple of num_key_value_heads=2, got 3"),
     ],
@@ -108,6 +112,15 @@ def test_what_is_not_supported_is_refused_by_name(
     edit_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
         check_transformer(folder)
+
+
+def test_frequencies_that_llama_2_files_hold_are_left_alone(folder: Path) -> None:
+    whole = load(folder, Dense())
+    name = "model.layers.2.self_attn.rotary_emb.inv_freq"
+    edit_tensors(folder, lambda t: t.update({name: torch.zeros(16)}))
+    tokens = torch.tensor([[5, 6, 7]])
+    read = [m(tokens, torch.arange(3), m.cache(3)).hidden for m in (whole, load(folder, Dense()))]
+    assert torch.equal(*read)
 
 
 def test_a_config_without_a_size_is_refused(folder: Path) -> None:

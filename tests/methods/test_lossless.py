@@ -11,11 +11,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from bench.build import ROOT, build
-from methods.decode import generate
 from methods.recipe import Family, Parts, Recipe
 from methods.vanilla import Vanilla
 from quant.scheme import Scheme
-from tests.methods.parts import make_parts
+from tests.methods.parts import decode, make_parts
 
 SCHEMES = sorted(p.stem for p in (ROOT / "conf" / "quant").glob("*.yaml"))
 METHODS = sorted(p.stem for p in (ROOT / "conf" / "method").glob("*.yaml"))
@@ -49,10 +48,6 @@ def baseline(family: Family) -> Callable[[str], Baseline]:
         return Baseline(parts, [decode(Vanilla(), parts, p) for p in PROMPTS])
 
     return make
-
-
-def decode(recipe: Recipe, parts: Parts, prompt: list[int]) -> list[int]:
-    return generate(recipe.method(parts), prompt, limit=24, stop=lambda new: None).token_ids
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
