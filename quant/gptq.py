@@ -100,13 +100,15 @@ class GPTQ:
                 f"inputs, got {scheme.label}"
             )
         h = _met(hessian, lattice)
-        # Inputs that never fired: nothing is known of them, so they neither give nor take error.
-        dead = h.diagonal() == 0
-        h.diagonal().masked_fill_(dead, 1)
-        given = lattice.weight.to(h).masked_fill(dead, 0)
         order = torch.arange(len(h), device=h.device)
         if self.desc_act:
             order = h.diagonal().argsort(descending=True, stable=True)
+        # Inputs that never fired: nothing is known of them, so they neither give nor take error.
+        # AutoGPTQ writes 1 in their place, which counts in the mean that scales the damping; the
+        # mean of the others leaves the result free of the Hessian's unit.
+        dead = h.diagonal() == 0
+        h.diagonal().masked_fill_(dead, float(h.diagonal()[~dead].mean()))
+        given = lattice.weight.to(h).masked_fill(dead, 0)
         factor, damping = self._inverse_factor(h[order][:, order])
         walk = _Walk(lattice, given, order, static=static)
         walk.round_columns(factor, self.block_size)

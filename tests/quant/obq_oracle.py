@@ -105,10 +105,11 @@ def gptq(
 ) -> Result:
     k = weight.shape[1]
     h, weight = hessian.copy(), weight.copy()
+    order = np.argsort(-np.diag(h), kind="stable") if desc_act else np.arange(k)
+    live = np.mean([d for d in np.diag(h) if d != 0])
     for j in range(k):
         if h[j, j] == 0:
-            h[j, j], weight[:, j] = 1, 0
-    order = np.argsort(-np.diag(h), kind="stable") if desc_act else np.arange(k)
+            h[j, j], weight[:, j] = live, 0
     static = [form.fit(weight[:, g : g + group]) for g in range(0, k, group)]
     inverse = np.linalg.inv(h + damping * np.diag(h).mean() * np.eye(k))[np.ix_(order, order)]
     columns = weight[:, order]

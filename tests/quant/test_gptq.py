@@ -235,6 +235,16 @@ def test_inputs_that_never_fire_are_rounded_to_zero_and_disturb_nobody(desc_act:
     assert oracle.worst(given, expected.values) < 1e-6
 
 
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_the_unit_of_the_inputs_does_not_matter(desc_act: bool) -> None:
+    x = _inputs()
+    x[:, [0, 5, 40, 95]] = 0
+    scheme, algorithm = CASES[1].scheme, replace(PLAIN, desc_act=desc_act)
+    small = algorithm.pack(scheme, _weight(), _hessian(x)).stored
+    large = algorithm.pack(scheme, _weight(), _hessian(x) * 2.0**20).stored
+    assert all(torch.equal(small[name], large[name]) for name in small)
+
+
 def test_fewer_rows_than_inputs_will_do() -> None:
     scheme, hessian = CASES[0].scheme, _hessian(_inputs(rows=K // 8))
     rounded = PLAIN.pack(scheme, _weight(), hessian)
