@@ -1,8 +1,9 @@
 """GSM8K's answers: named filters that find a number in a text, and compare it as text.
 
-`strict`, `strict_cot` and `flexible` are lm-evaluation-harness's strict-match of gsm8k, strict-match
-of gsm8k_cot and flexible-extract; `paper` is the filter of arXiv 2505.22179's release. The same
-text gets the same verdict there (tests/bench/test_gsm8k.py): so 18.00 is not 18 under any of them.
+`strict`, `strict_cot` and `flexible` are lm-evaluation-harness's strict-match of gsm8k,
+strict-match of gsm8k_cot and flexible-extract: the same text gets the same verdict there
+(tests/bench/test_gsm8k.py). `paper` is the rule of arXiv 2505.22179's release. 18.00 is not 18
+under any of them.
 """
 
 import re
@@ -19,7 +20,7 @@ _IGNORED = [re.compile(p) for p in (",", r"\$", r"(?s).*#### ", r"\.$")]
 
 
 def _found(pattern: str, which: int) -> Callable[[str], str | None]:
-    """Make a filter of the first (0) or last (-1) match; of several groups the first that is set."""
+    """Make a filter of the first (0) or last (-1) match: of its groups the first that is set."""
     compiled = re.compile(pattern)
 
     def find(text: str) -> str | None:

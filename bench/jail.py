@@ -19,7 +19,6 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,21 +46,12 @@ class Refused(Exception):  # noqa: N818  an outcome with a name of its own
     """Isolation that cannot be had on this machine."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """What the keeper is told. root: an empty folder to build in. python: folders that it needs."""
-
-    root: str
-    python: list[str]
-    scratch_mib: int
-
-
 def main() -> NoReturn:
     """Read a job from standard input, and write one verdict to standard output."""
     order = trial.receive(0)
     verdict = os.dup(1)
     try:
-        sandbox = enclose(Cell(**order["cell"]))
+        sandbox = enclose(**order["cell"])
         judge = os.fork()
         if not judge:
             _judge(order["trial"], verdict, sandbox)
@@ -75,14 +65,21 @@ def main() -> NoReturn:
     os._exit(0)
 
 
-def enclose(cell: Cell) -> str:
-    """Leave the host's files, network, processes and semaphores; give what was left."""
+def enclose(*, root: str, python: Sequence[str], scratch_mib: int) -> str:
+    """Leave the host's files, network, processes and semaphores; give what was left.
+
+    root: an empty folder to build in. python: folders that the interpreter needs.
+    """
     had = "mount+pid+net+ipc+uts"
     kinds = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     if os.geteuid() == 0:
         _call("unshare", kinds, doing="new namespaces")
     else:
-        maps = {"setgroups": "deny", "uid_map": f"0 {os.geteuid()} 1", "gid_map": f"0 {os.getegid()} 1"}
+        maps = {
+            "setgroups": "deny",
+            "uid_map": f"0 {os.geteuid()} 1",
+            "gid_map": f"0 {os.getegid()} 1",
+        }
         _call("unshare", kinds | CLONE_NEWUSER, doing="new namespaces")
         for name, text in maps.items():
             _write(f"/proc/self/{name}", text)
@@ -90,24 +87,22 @@ def enclose(cell: Cell) -> str:
     with contextlib.suppress(Refused):  # a user namespace owns this file on newer kernels only
         _write("/proc/sys/kernel/shmmni", "0")  # shared segments escape the limit of memory
         had += "+noshm"
-    _build_root(cell)
+    _build_root(root, [*SYSTEM, *python], scratch_mib)
     _check_network()
     return had
 
 
-def _build_root(cell: Cell) -> None:
+def _build_root(root: str, places: Sequence[str], scratch_mib: int) -> None:
     """Make a read-only root of the interpreter, some devices and an empty /tmp; move into it."""
     # Nothing that is mounted here may reach the host.
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
-    _mount("tmpfs", cell.root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    for place in [*SYSTEM, *cell.python]:
-        _show(place, cell.root)
-    for device in DEVICES:
-        _show(f"/dev/{device}", cell.root)
-    Path(f"{cell.root}/tmp").mkdir(exist_ok=True)
-    size = f"size={cell.scratch_mib}m,nr_inodes={INODES},mode=1777"
-    _mount("tmpfs", f"{cell.root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, size)
-    os.chdir(cell.root)
+    _mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    for place in [*places, *(f"/dev/{device}" for device in DEVICES)]:
+        _show(place, root)
+    Path(f"{root}/tmp").mkdir(exist_ok=True)
+    size = f"size={scratch_mib}m,nr_inodes={INODES},mode=1777"
+    _mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, size)
+    os.chdir(root)
     _call("pivot_root", b".", b".", doing="pivot_root")  # the old root now lies over the new one
     _call("umount2", b".", MNT_DETACH, doing="umount of the old root")
     _read_only("/", recursive=False)

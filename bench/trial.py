@@ -13,6 +13,7 @@ import resource
 import socket
 import struct
 from collections.abc import Callable, Set
+from functools import partial
 from typing import Any, NoReturn
 
 MAX_ANSWER_BYTES = 1 << 24
@@ -116,8 +117,7 @@ def serve(order: dict[str, Any], judge: socket.socket) -> NoReturn:
         while True:
             (length,) = _LENGTH.unpack(_exactly(judge.recv, _LENGTH.size))
             question = json.loads(_exactly(judge.recv, length))
-            arguments, named = decode(question["arguments"]), decode(question["named"])
-            judge.sendall(frame(_outcome(lambda a=arguments, n=named: encode(function(*a, **n)))))
+            judge.sendall(frame(_outcome(partial(_call, function, question))))
     finally:
         os._exit(1)
 
@@ -133,6 +133,10 @@ def _run(source: str, entry_point: str, judge: socket.socket) -> Callable[..., o
     judge.sendall(frame(_outcome(run)))
     function: Callable[..., object] = names[entry_point]
     return function
+
+
+def _call(function: Callable[..., object], question: dict[str, Any]) -> object:
+    return encode(function(*decode(question["arguments"]), **decode(question["named"])))
 
 
 def _outcome(act: Callable[[], object]) -> dict[str, object]:
