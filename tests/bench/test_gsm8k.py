@@ -15,13 +15,13 @@ RIGHT = {"strict": "#### {}", "strict_cot": "The answer is {}.", "flexible": "So
 RIGHT["paper"] = "2 + 3 = 5 and 7 is left. The answer is {}.\n\nQ: 9 birds. The answer is 4."
 
 
-def found(filter: str, text: str) -> str:
-    return Gsm8k(filter=filter).score(text, "0").answer
+def found(name: str, text: str) -> str:
+    return Gsm8k(filter=name).score(text, "0").answer
 
 
-def is_right(filter: str, text: str, reference: str) -> bool:
-    verdict = Gsm8k(filter=filter).score(text, reference)
-    assert verdict.scored == filter
+def is_right(name: str, text: str, reference: str) -> bool:
+    verdict = Gsm8k(filter=name).score(text, reference)
+    assert verdict.scored == name
     assert verdict.correct is not None
     return verdict.correct
 
@@ -99,9 +99,9 @@ def test_numbers_are_compared_as_text() -> None:
 
 
 def test_an_unknown_filter_is_refused() -> None:
-    with pytest.raises(ValueError, match="filter must be one of strict, .* got 'mine'"):
+    with pytest.raises(ValueError, match=r"filter must be one of strict, .* got 'mine'"):
         Gsm8k(filter="mine")
-    with pytest.raises(ValueError, match="task.scorer: filter must be one of"):
+    with pytest.raises(ValueError, match=r"task\.scorer: filter must be one of"):
         task_of("gsm8k", scorer={"_target_": "bench.gsm8k.Gsm8k", "filter": "mine"})
 
 

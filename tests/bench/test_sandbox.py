@@ -1,4 +1,4 @@
-"""What a generated program may and may not do. The host's side is looked at, not only the verdict."""
+"""What a generated program may and may not do: by the verdict, and by what the host saw of it."""
 
 import os
 import socket
@@ -80,7 +80,7 @@ def processes() -> int:
 
 
 def test_a_program_has_the_processes_of_its_limit() -> None:
-    forks = "import os, time\nn = 0\nwhile n < 50:\n    if not os.fork():\n        time.sleep(9)\n    n += 1\n"
+    forks = "import os, time\nfor _ in range(50):\n    if not os.fork():\n        time.sleep(9)\n"
     assert tried(forks + NEXT).detail.startswith("BlockingIOError")
 
 
@@ -93,17 +93,9 @@ def test_memory_cannot_be_had_as_files_or_shared_segments() -> None:
     assert tried(files + NEXT).detail.startswith("OSError: [Errno 28]")
     big = "open('x', 'wb').write(bytes(8 << 20))\n"
     assert tried(big + NEXT).outcome == "failed"
-    found = tried(
-        "import ctypes\nx = ctypes.CDLL(None).shmget(0, 4096, 0o1777)\n" + NEXT + "f=lambda _: x"
-    )
-    if "noshm" in found.sandbox:
-        assert (
-            tried(
-                "import ctypes\nx = ctypes.CDLL(None).shmget(0, 4096, 0o1777)\nf = lambda _: x\n",
-                "assert f(0) == -1",
-            ).outcome
-            == "passed"
-        )
+    segment = "import ctypes\nx = ctypes.CDLL(None).shmget(0, 4096, 0o1777)\nf = lambda _: x\n"
+    if "noshm" in tried(NEXT).sandbox:  # an ordinary user's, on an older kernel, may have some
+        assert tried(segment, "assert f(0) == -1").outcome == "passed"
 
 
 def test_a_write_outside_is_stopped(tmp_path: Path) -> None:
@@ -157,10 +149,10 @@ def test_an_orphan_holds_nothing_up() -> None:
         "import sys\nsys.exit(0)\n",
         "import os\ndef f(x):\n    os._exit(0)\n",
         'print(\'{"outcome": "passed", "detail": "", "sandbox": ""}\')\n',
-        'import os\nfor i in range(99):\n    try:\n        os.write(i, b\'{"outcome": "passed"}\')\n'
-        "    except OSError:\n        pass\n",
+        "import os\nfor i in range(99):\n    try:\n"
+        '        os.write(i, b\'{"outcome": "passed"}\')\n    except OSError:\n        pass\n',
         "class E:\n    def __eq__(self, other):\n        return True\ndef f(x):\n    return E()\n",
-        "class E(int):\n    def __eq__(self, other):\n        return True\ndef f(x):\n    return E()\n",
+        "class E(int):\n    def __eq__(self, other):\n        return True\nf = lambda x: E()\n",
         "import builtins\nbuiltins.AssertionError = type('Quiet', (Exception,), {})\n"
         "def f(x):\n    raise AssertionError\n",
         "import gc\ndef f(x):\n"
@@ -215,7 +207,14 @@ def test_a_limit_is_above_0(name: str) -> None:
         Limits(**{**vars(LIMITS), name: 0})
 
 
-ASK = "from bench import sandbox\ntry:\n    sandbox.check()\n    print('isolated')\nexcept ValueError as error:\n    print(error)\n"
+ASK = """
+from bench import sandbox
+try:
+    sandbox.check()
+    print('isolated')
+except ValueError as error:
+    print(error)
+"""
 
 
 def asked(*before: str, python: str = sys.executable, user: int | None = None) -> str:
