@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bench.build import PACKAGES, ROOT, as_mapping, build, named_node, typed
 from bench.record import COST, QUALITY, RUN
+from bench.score import Scoring
 from bench.source import Source
 from bench.task import Task
 from bench.text import Evaluation, Text
@@ -98,13 +99,6 @@ class Costing:
             raise ValueError(
                 f"contexts must be above repeats x catch_up = {walked}, got {min(self.contexts)}"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scoring:
-    """The keys of `score`. execute: programs that the model wrote may run, in the sandbox."""
-
-    execute: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,13 @@ class Verdict:
     sandbox: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """The keys of `score`. execute: programs that the model wrote may run, in the sandbox."""
+
+    execute: bool
+
+
 class Scorer(ABC):
     """A rule for answers. executes: it runs what the model wrote."""
 

@@ -267,9 +267,8 @@ def test_every_task_file_spells_out_every_field() -> None:
         node = OmegaConf.load(path)
         names = set(kinds[node["_target_"]].__dataclass_fields__) | {"_target_"}
         assert set(node) == names, path.name
-        task = task_of(path.stem)
-        assert task.name == path.stem
-        assert task.form in FORMS
+        assert node["name"] == path.stem
+        assert node["_target_"] != "bench.task.Task" or task_of(path.stem).form in FORMS
 
 
 def test_importing_tasks_leaves_the_slow_packages_out() -> None:
