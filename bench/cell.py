@@ -10,6 +10,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -23,6 +24,7 @@ from bench.context import write_context
 from bench.load import Loader, context_of
 from bench.lossless import divergence
 from bench.record import RECORDS, Generation, Status, append_line, read_lines, write_lines
+from bench.score import judge, not_scored
 from bench.task import Prompt, Stopper, cut, encode, load
 from bench.timer import Timer
 from methods.decode import Method, generate
@@ -101,6 +103,7 @@ class Block:
         self.prompts = prompts
         self.timer = Timer(loader.device)
         self.task = arms[0].config.task
+        self.score = arms[0].config.score
         self.settings = arms[0].config.settings
         self.context = context_of(self.settings, loader.target)
         self.vanilla = _vanilla(child.job.baseline, arms)
@@ -145,6 +148,7 @@ class Block:
                 self.child.announce(arm.job, f"{prompt.prompt_id} turn {turn}, beside vanilla")
                 with self.child.charged([arm.job], building=False):
                     self._compare(arm, prompt)
+        self._score(order, prompt)
         for arm in order:
             for generation in arm.round:
                 append_line(arm.records, generation)
@@ -202,6 +206,21 @@ class Block:
                 seed=seed_of(self.settings.seed, prompt.prompt_id, turn),
             )
             arm.round[-1] = replace(mine, divergence=gap)
+
+    def _score(self, order: Sequence[Arm], prompt: Prompt) -> None:
+        """Judge the round's answers, after all of its timing; the same text once."""
+        score = cache(
+            lambda text: judge(self.task.scorer, text, prompt.reference, execute=self.score.execute)
+        )
+        for arm in order:
+            self.child.announce(arm.job, f"{prompt.prompt_id}, scoring")
+            with self.child.charged([arm.job], building=False):
+                arm.round[:] = [
+                    replace(answer, **vars(score(self.task.answer_prefix + answer.text)))
+                    if answer.status == "ok"
+                    else replace(answer, **vars(not_scored(answer.status)))
+                    for answer in arm.round
+                ]
 
     def _warm_up(self) -> None:
         """Let every arm decode a little, off the record: allocators, kernels, caches."""

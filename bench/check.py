@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import text
+from bench import sandbox, text
 from bench.config import Config, Costing
 from bench.task import Prompt, Task, encode
 from methods.checkpoint import check_transformer, stored_in
@@ -69,6 +69,12 @@ def check_text(config: Config) -> None:
     from bench.load import load_tokenizer  # transformers takes seconds, a finished sweep none
 
     text.encode(load_tokenizer(config.model.family.target), config.text)
+
+
+def check_sandbox(config: Config) -> None:
+    """Check that programs can be shut in, where a cell would run some."""
+    if config.runs_programs:
+        sandbox.check()
 
 
 def check_folders(folders: Sequence[Path]) -> None:

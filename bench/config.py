@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bench.build import PACKAGES, ROOT, as_mapping, build, named_node, typed
 from bench.record import COST, QUALITY, RUN
+from bench.score import Scoring
 from bench.source import Source
 from bench.task import Task
 from bench.text import Evaluation, Text
@@ -150,6 +151,7 @@ class Config:
     schemes: Schemes
     recipe: Recipe
     source: Task | Text
+    score: Scoring
     cost: Costing | None
     quality: Evaluation | None
 
@@ -171,6 +173,12 @@ class Config:
         own = None if self.quality is None else self.quality.reference
         return self.model.family.target if own is None else _place(own)
 
+    @property
+    def runs_programs(self) -> bool:
+        """Whether programs that the model wrote will run."""
+        decodes = isinstance(self.source, Task) and self.cost is None
+        return decodes and self.score.execute and self.task.scorer.executes
+
 
 def resolve(config: DictConfig) -> dict[str, Any]:
     """Give a composed configuration as plain values, with the content of every named scheme."""
@@ -190,7 +198,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 
 def parse(tree: Mapping[str, Any], *, packages: tuple[str, ...] = PACKAGES) -> Config:
     """Build everything from a resolved tree, or raise ValueError with the key's full name."""
-    groups = ("model", "quant", "method", "task", COST, QUALITY)
+    groups = ("model", "quant", "method", "task", "score", COST, QUALITY)
     settings = {key: value for key, value in tree.items() if key not in groups}
     method = without(tree["method"], DRAFT_SCHEME, DRAFT_LM_HEAD)
     return Config(
@@ -199,6 +207,7 @@ def parse(tree: Mapping[str, Any], *, packages: tuple[str, ...] = PACKAGES) -> C
         schemes=parse_schemes(tree["quant"], tree["method"]),
         recipe=_recipe(method, packages),
         source=_source(tree["task"], door_of(tree)),
+        score=typed(tree["score"], Scoring, key="score"),
         cost=typed(tree[COST], Costing, key=COST) if COST in tree else None,
         quality=typed(tree[QUALITY], Evaluation, key=QUALITY) if QUALITY in tree else None,
     )

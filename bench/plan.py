@@ -109,6 +109,7 @@ class Planner:
         stored = self._stored(family.target, config.schemes.target, config.schemes.lm_head)
         if config.schemes.target.as_stored:  # several folders may be compared in one campaign
             choice = choice.less(quant=stored.label)
+        self._once(f"sandbox {config.runs_programs}", lambda: check.check_sandbox(config))
         if config.cost is not None:
             check.check_contexts(config.cost, positions)
         if config.quality is not None:

@@ -80,8 +80,10 @@ class Generation(Record):
     # First difference from vanilla of the same block, where there is one.
     divergence: dict[str, float] | None = None  # index, token, vanilla_token, gap_nats
     correct: bool | None = None  # None: not scored
-    answer: str = ""  # what was compared with the reference
-    scored: str = ""  # by which filter and scorer, or why it was not
+    answer: str = ""  # what was compared with the reference, or the program that was run
+    scored: str = ""  # the rule that judged, or why none did (`no: ...`); empty in older records
+    reason: str = ""  # why a program did not pass
+    sandbox: str = ""  # what a program was shut in by
 
 
 @dataclass(frozen=True, kw_only=True)

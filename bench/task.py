@@ -8,8 +8,8 @@
 
 The corrected protocol is the default: one BOS, a stop at the end of a turn and at the task's stop
 strings. `paper_faithful` repeats what arXiv 2505.22179's release does: a plain task never stops
-(GSM8K always decodes max_new_tokens), stop strings are not looked at while decoding, and a chat
-task with an answer prefix (HumanEval) begins with two BOS.
+(GSM8K always decodes max_new_tokens), a chat stops at EOS and <|eot_id|> only, stop strings are not
+looked at while decoding, and a chat with an answer prefix (HumanEval) begins with two BOS.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from jinja2.exceptions import TemplateError
 
 from bench.build import ROOT
+from bench.score import Scorer, Unscored
 from bench.source import Row, Source, spread
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 FORMS = ("plain", "chat")
 PROTOCOLS = ("corrected", "paper_faithful")
+
+_PAPER_STOP_TOKENS = ("<|eot_id|>",)  # besides EOS, in the chats of the paper's release
 
 # Llama-3.1's own default for the date its template writes; without it a template may write the
 # day of the run, and two runs of a campaign would read different prompts.
@@ -56,6 +59,7 @@ class Task(Source):
     fold: dict[str, str]  # category in the data -> category in the tables
     reference_keys: list[str]  # one = its text; more = a JSON object
     reference_mark: str | None  # the reference is the number after this mark
+    scorer: Scorer
     form: str  # plain | chat
     system: str | None  # chat: system prompt
     preamble: str | None  # file in the checkout, put before a prompt with an empty line between
@@ -80,6 +84,8 @@ class Task(Source):
             raise ValueError(f"template must contain {{prompt}}, got {self.template!r}")
         if self.form == "plain" and (self.system or self.answer_prefix):
             raise ValueError("system and answer_prefix must be empty where form is plain")
+        if not self.reference_keys and not isinstance(self.scorer, Unscored):
+            raise ValueError("reference_keys must be given where answers are scored")
         if "" in self.stop:
             raise ValueError(f"stop must not contain an empty string, got {list(self.stop)}")
 
@@ -177,9 +183,11 @@ def encode(
 
 def stop_ids(tokenizer: "PreTrainedTokenizerBase", task: Task) -> frozenset[int]:
     """Tokens that end an answer: EOS and those of the task's names that the vocabulary has."""
-    if task.protocol == "paper_faithful" and task.form == "plain":
+    faithful = task.protocol == "paper_faithful"
+    if faithful and task.form == "plain":
         return frozenset()
-    ids = (tokenizer.convert_tokens_to_ids(name) for name in task.stop_tokens)
+    names = _PAPER_STOP_TOKENS if faithful else task.stop_tokens
+    ids = (tokenizer.convert_tokens_to_ids(name) for name in names)
     known = {i for i in ids if i is not None and i != tokenizer.unk_token_id}
     eos: int | None = tokenizer.eos_token_id
     return frozenset(known if eos is None else known | {eos})
@@ -215,14 +223,21 @@ def _preamble(task: Task) -> str:
 
 def _prompt(task: Task, row: Row, number: int, preamble: str) -> Prompt:
     turns = row.texts(task.prompt_key)
-    if len(turns) > 1 and (task.form == "plain" or task.answer_prefix):
-        raise ValueError(f"{row.place}: a plain or prefixed prompt has 1 turn, got {len(turns)}")
+    scored = not isinstance(task.scorer, Unscored)
+    if len(turns) > 1 and (task.form == "plain" or task.answer_prefix or scored):
+        kinds = "a plain, prefixed or scored prompt"
+        raise ValueError(f"{row.place}: {kinds} has 1 turn, got {len(turns)}")
+    reference = row.reference(task.reference_keys, mark=task.reference_mark)
+    try:
+        task.scorer.check(reference)
+    except ValueError as error:
+        raise ValueError(f"{row.place}: {error}") from error
     category = str(row.get(task.category_key)) if task.category_key else task.name
     return Prompt(
         prompt_id=str(row.get(task.id_key)) if task.id_key else f"{task.name}/{number}",
         category=task.fold.get(category, category),
         turns=tuple(preamble + task.template.replace("{prompt}", turn) for turn in turns),
-        reference=row.reference(task.reference_keys, mark=task.reference_mark),
+        reference=reference,
     )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 from omegaconf import OmegaConf
 
-from bench.build import ROOT
+from bench.build import ROOT, build
 from bench.task import Task
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ FILES = {
     "mt_bench": "mt_bench/question.jsonl",
     "spec_bench": "spec_bench/question.jsonl",
     "gsm8k": "gsm8k/test-00000-of-00001.parquet",
+    "gsm8k_chat": "gsm8k/test-00000-of-00001.parquet",
     "humaneval": "human_eval/HumanEval.jsonl.gz",
 }
 TEMPLATE = (
@@ -34,10 +35,7 @@ def task_of(name: str, **changes: object) -> Task:
     """The task of a yaml, made as `bench.build` makes it, with some fields changed."""
     node = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "task" / f"{name}.yaml"))
     assert isinstance(node, dict)
-    del node["_target_"]
-    task = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Task), node, changes))
-    assert isinstance(task, Task)
-    return task
+    return build({**node, **changes}, Task, key="task")
 
 
 def published(name: str, **changes: object) -> Task:

@@ -66,6 +66,17 @@ def test_the_paper_stops_humaneval_at_eos_only(tokenizer: "PreTrainedTokenizerFa
     assert Stopper(tokenizer, task)(ids) == len(ids)
 
 
+def test_the_paper_stops_a_chat_at_eos_and_eot_only(tokenizer: "PreTrainedTokenizerFast") -> None:
+    named = {"stop_tokens": ["<|eot_id|>", "Q"]}
+    ids = {
+        protocol: {tokenizer.decode([i]) for i in stop_ids(tokenizer, task_of("mt_bench", **given))}
+        for protocol in ("corrected", "paper_faithful")
+        for given in [{**named, "protocol": protocol}]
+    }
+    assert ids["corrected"] == {"</s>", "<|eot_id|>", "Q"}
+    assert ids["paper_faithful"] == {"</s>", "<|eot_id|>"}
+
+
 def test_the_first_stop_string_is_found() -> None:
     task = task_of("gsm8k", stop=["two", "one"])
     assert find_stop("a one two", task) == 2
