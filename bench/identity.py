@@ -29,6 +29,8 @@ KERNEL_SOURCES = (".cu", ".cuh", ".cpp", ".h")
 CHECKPOINT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
+    "*.bin",  # read where there is nothing else
+    "*.bin.index.json",
     "config.json",
     "tokenizer*",
     "special_tokens_map.json",
