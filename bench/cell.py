@@ -16,6 +16,7 @@ from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
+from bench.acceptance import TOKENS, broken
 from bench.build import PACKAGES
 from bench.child import ArmJob, Child, run_child
 from bench.config import Config, parse
@@ -25,7 +26,8 @@ from bench.lossless import divergence
 from bench.record import RECORDS, Generation, Status, append_line, read_lines, write_lines
 from bench.task import Prompt, Stopper, cut, encode, load
 from bench.timer import Timer
-from methods.decode import Method, generate
+from methods.decode import Method, Output, generate
+from methods.vanilla import Vanilla
 
 T = TypeVar("T")
 
@@ -210,9 +212,29 @@ class Block:
         for arm in self.arms:
             self.child.announce(arm.job, "warm-up")
             with self.child.charged([arm.job], building=False):
-                for prompt in tokens:
-                    limit = min(self.settings.warmup_tokens, self.task.max_new_tokens)
-                    generate(arm.method, prompt, limit=limit, stop=lambda _: None)
+                tried = [self._try(arm, t, self.settings.warmup_tokens) for t in tokens]
+                problem = self._broken(arm, tried)
+            with self.child.charged([arm.job], building=True):
+                if problem:
+                    raise ValueError(problem)
+
+    def _try(self, arm: Arm, tokens: list[int], limit: int) -> Output:
+        limit = min(limit, self.task.max_new_tokens)
+        return generate(arm.method, tokens, limit=limit, stop=lambda _: None)
+
+    def _broken(self, arm: Arm, tried: Sequence[Output]) -> str:
+        """Say whether an arm drafts in vain, by what it was tried on and more if need be."""
+        if isinstance(arm.config.recipe, Vanilla):
+            return ""
+        fitting = [t for t in (self._encode(p, []) for p in self.prompts) if self._fits(t)]
+        return broken(
+            lambda tokens: self._try(arm, tokens, TOKENS),
+            fitting,
+            tried=tried,
+            vocab=self.loader.target.shape.vocab_size,
+            floor=arm.config.settings.acceptance_floor,
+            target=self.loader.model.family.target,
+        )
 
     def _encode(self, prompt: Prompt, answers: Sequence[Generation]) -> list[int]:
         return encode(self.loader.tokenizer, self.task, prompt, [a.text for a in answers])
