@@ -4,16 +4,19 @@ A head over the wrong features, of another rotation or spoilt by quantisation st
 an error, at an acceptance length near 1.00, and would stand in a table as a slow method.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from methods.decode import Output
+from methods.decode import Method, Output, generate
 from methods.grow import Head
+from methods.hierarchical import HierarchicalDrafter
+from methods.recipe import Family
 from methods.rotation import is_norm_folded
 from methods.transformer import Transformer
+from methods.vanilla import VanillaDrafter
 from methods.weights import ROTATION, Weights
 
 # Decoded before a drafter is called broken: some 300 steps, after which one that is right in 2 of
@@ -52,35 +55,54 @@ def acceptance_of(outputs: Iterable[Output]) -> Acceptance:
     )
 
 
+def drafting(method: Method, family: Family) -> Iterator[tuple[Method, Family]]:
+    """The methods that draft: this one and those inside it, each with the family it is over."""
+    if isinstance(method.drafter, VanillaDrafter):
+        return
+    yield method, family
+    if isinstance(method.drafter, HierarchicalDrafter):
+        yield from drafting(method.drafter.method, family.smaller())
+
+
+def attempt(method: Method, tokens: list[int], limit: int) -> Output:
+    """Decode a little, off the record."""
+    return generate(method, tokens, limit=limit, stop=lambda _: None)
+
+
 def broken(
-    decode: Callable[[list[int]], Output],
+    method: Method,
     prompts: Sequence[list[int]],
     *,
     tried: Sequence[Output],
-    vocab: int,
+    limit: int,
     floor: float,
     target: Path,
 ) -> str:
     """Say why a drafter is broken; nothing where it works.
 
-    It works as soon as its accepted drafts per step exceed `floor` times those of blind guesses.
-    decode: is asked for prompts only while what was `tried` does not show that. target: its
-    folder, for what may be the cause.
+    It works as soon as its accepted drafts per step exceed `floor` times those of blind guesses; 0
+    asks for nothing. tried: what was decoded already; `prompts`, up to `limit` tokens each, are
+    decoded only while that does not suffice. target: its folder, for what may be the cause.
     """
     if not floor:
         return ""
+    vocab = method.target.shape.vocab_size
     outputs = list(tried)
-    for prompt in [None, *prompts[:PROMPTS]]:
-        if prompt is not None:
-            outputs.append(decode(prompt))
-        found = acceptance_of(outputs)
-        if found.length - 1 > floor * (found.chance(vocab) - 1):
-            return ""
-    return (
-        f"broken head: acceptance length {found.length:.2f} over {found.steps} steps of "
-        f"{len(outputs)} prompts, blind guesses reach {found.chance(vocab):.4f} "
-        f"(acceptance_floor={floor:g} times)" + _suspicion(target)
-    )
+    waiting = list(prompts[:PROMPTS])
+    while not _works(found := acceptance_of(outputs), vocab, floor):
+        if not waiting:
+            what = "drafter" if isinstance(method.drafter, HierarchicalDrafter) else "head"
+            return (
+                f"broken {what}: acceptance length {found.length:.2f} over {found.steps} steps of "
+                f"{len(outputs)} prompts, blind guesses reach {found.chance(vocab):.4f} "
+                f"(acceptance_floor={floor:g} times)" + _suspicion(target)
+            )
+        outputs.append(attempt(method, waiting.pop(0), min(limit, TOKENS)))
+    return ""
+
+
+def _works(found: Acceptance, vocab: int, floor: float) -> bool:
+    return found.length - 1 > floor * (found.chance(vocab) - 1)
 
 
 def _suspicion(target: Path) -> str:

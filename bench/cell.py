@@ -16,7 +16,7 @@ from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
-from bench.acceptance import TOKENS, broken
+from bench.acceptance import attempt, broken, drafting
 from bench.build import PACKAGES
 from bench.child import ArmJob, Child, run_child
 from bench.config import Config, parse
@@ -27,7 +27,6 @@ from bench.record import RECORDS, Generation, Status, append_line, read_lines, w
 from bench.task import Prompt, Stopper, cut, encode, load
 from bench.timer import Timer
 from methods.decode import Method, Output, generate
-from methods.vanilla import Vanilla
 
 T = TypeVar("T")
 
@@ -212,29 +211,28 @@ class Block:
         for arm in self.arms:
             self.child.announce(arm.job, "warm-up")
             with self.child.charged([arm.job], building=False):
-                tried = [self._try(arm, t, self.settings.warmup_tokens) for t in tokens]
+                limit = min(self.settings.warmup_tokens, self.task.max_new_tokens)
+                tried = [attempt(arm.method, prompt, limit) for prompt in tokens]
                 problem = self._broken(arm, tried)
             with self.child.charged([arm.job], building=True):
                 if problem:
                     raise ValueError(problem)
 
-    def _try(self, arm: Arm, tokens: list[int], limit: int) -> Output:
-        limit = min(limit, self.task.max_new_tokens)
-        return generate(arm.method, tokens, limit=limit, stop=lambda _: None)
-
     def _broken(self, arm: Arm, tried: Sequence[Output]) -> str:
         """Say whether an arm drafts in vain, by what it was tried on and more if need be."""
-        if isinstance(arm.config.recipe, Vanilla):
-            return ""
         fitting = [t for t in (self._encode(p, []) for p in self.prompts) if self._fits(t)]
-        return broken(
-            lambda tokens: self._try(arm, tokens, TOKENS),
-            fitting,
-            tried=tried,
-            vocab=self.loader.target.shape.vocab_size,
-            floor=arm.config.settings.acceptance_floor,
-            target=self.loader.model.family.target,
+        problems = (
+            broken(
+                method,
+                fitting,
+                tried=tried if method is arm.method else [],
+                limit=self.task.max_new_tokens,
+                floor=arm.config.settings.acceptance_floor,
+                target=family.target,
+            )
+            for method, family in drafting(arm.method, self.loader.model.family)
         )
+        return next(filter(None, problems), "")
 
     def _encode(self, prompt: Prompt, answers: Sequence[Generation]) -> list[int]:
         return encode(self.loader.tokenizer, self.task, prompt, [a.text for a in answers])

@@ -336,3 +336,12 @@ def test_the_command_lists_its_doors() -> None:
     refused = subprocess.run([*line, "ran"], capture_output=True, text=True, check=False)
     assert refused.stderr == "error: a door must be one of run, cost, report, got 'ran'\n"
     assert refused.returncode == 2
+
+
+def test_a_head_that_is_never_right_is_unsupported_not_slow(tmp_path: Path, door: Door) -> None:
+    world = write_world(tmp_path)
+    code, out, _ = door(*world, "method=eagle2", *SMALL, "acceptance_floor=1000000")
+    assert code == 1
+    assert f"lab.dense.vanilla.{END}: done" in out
+    assert f"lab.dense.eagle2.{END}: unsupported: broken head: acceptance length 1." in out
+    assert not (results(world) / f"lab.dense.eagle2.{END}" / "records.jsonl").exists()
