@@ -332,9 +332,14 @@ def test_ctrl_c_ends_the_child(tmp_path: Path, door: Door, monkeypatch: pytest.M
 def test_the_command_lists_its_doors() -> None:
     line = [sys.executable, "-m", "bench.cli"]
     told = subprocess.run([*line, "--help"], capture_output=True, text=True, check=True)
-    assert all(f"specquant {name}" in told.stdout for name in ("run", "cost", "report"))
+    assert all(
+        f"specquant {name}" in told.stdout for name in ("check", "run", "cost", "quality", "report")
+    )
     refused = subprocess.run([*line, "ran"], capture_output=True, text=True, check=False)
-    assert refused.stderr == "error: a door must be one of run, cost, report, got 'ran'\n"
+    assert (
+        refused.stderr
+        == "error: a door must be one of check, run, cost, quality, report, got 'ran'\n"
+    )
     assert refused.returncode == 2
 
 
