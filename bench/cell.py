@@ -17,6 +17,7 @@ from typing import NoReturn, TypeVar
 
 from tqdm import tqdm
 
+from bench.acceptance import attempt, broken, drafting
 from bench.build import PACKAGES
 from bench.child import ArmJob, Child, run_child
 from bench.config import Config, parse
@@ -27,7 +28,7 @@ from bench.record import RECORDS, Generation, Status, append_line, read_lines, w
 from bench.score import judge, not_scored
 from bench.task import Prompt, Stopper, cut, encode, load
 from bench.timer import Timer
-from methods.decode import Method, generate
+from methods.decode import Method, Output, generate
 
 T = TypeVar("T")
 
@@ -229,9 +230,28 @@ class Block:
         for arm in self.arms:
             self.child.announce(arm.job, "warm-up")
             with self.child.charged([arm.job], building=False):
-                for prompt in tokens:
-                    limit = min(self.settings.warmup_tokens, self.task.max_new_tokens)
-                    generate(arm.method, prompt, limit=limit, stop=lambda _: None)
+                limit = min(self.settings.warmup_tokens, self.task.max_new_tokens)
+                tried = [attempt(arm.method, prompt, limit) for prompt in tokens]
+                problem = self._broken(arm, tried)
+            with self.child.charged([arm.job], building=True):
+                if problem:
+                    raise ValueError(problem)
+
+    def _broken(self, arm: Arm, tried: Sequence[Output]) -> str:
+        """Say whether an arm drafts in vain, by what it was tried on and more if need be."""
+        fitting = [t for t in (self._encode(p, []) for p in self.prompts) if self._fits(t)]
+        problems = (
+            broken(
+                method,
+                fitting,
+                tried=tried if method is arm.method else [],
+                limit=self.task.max_new_tokens,
+                floor=arm.config.settings.acceptance_floor,
+                target=family.target,
+            )
+            for method, family in drafting(arm.method, self.loader.model.family)
+        )
+        return next(filter(None, problems), "")
 
     def _encode(self, prompt: Prompt, answers: Sequence[Generation]) -> list[int]:
         return encode(self.loader.tokenizer, self.task, prompt, [a.text for a in answers])

@@ -112,22 +112,52 @@ def check_fit(config: Config, folders: Sequence[Path]) -> None:
             raise ValueError(f"{folder}: the vocabulary must be that of {family.target}")
 
 
-def check_prompts(task: Task, folder: Path, prompts: Sequence[Prompt], context: int) -> int:
-    """Count prompts that cannot be answered within the context; ValueError where none can.
-
-    folder: of the target, for its tokenizer.
-    """
+def prompt_lengths(task: Task, folder: Path, prompts: Sequence[Prompt]) -> list[int]:
+    """Tokens of every prompt's first turn. folder: of the target, for its tokenizer."""
     from bench.load import load_tokenizer  # transformers takes seconds, a finished sweep none
 
     tokenizer = load_tokenizer(folder)
-    lengths = [len(encode(tokenizer, task, prompt, [])) for prompt in prompts]
+    return [len(encode(tokenizer, task, prompt, [])) for prompt in prompts]
+
+
+def check_prompts(task: Task, lengths: Sequence[int], context: int) -> int:
+    """Count prompts that cannot be answered within the context; ValueError where none can."""
     too_long = [n for n in lengths if n + task.max_new_tokens > context]
-    if len(too_long) == len(prompts):
+    if len(too_long) == len(lengths):
         raise ValueError(
             f"task {task.name}: a prompt and its {task.max_new_tokens} new tokens must be within "
             f"the context of {context}, got {min(too_long)} tokens in the shortest prompt"
         )
     return len(too_long)
+
+
+def beyond_heads(folders: Sequence[Path], longest: int) -> list[str]:
+    """Note the draft heads whose config names fewer positions than a task may reach.
+
+    It is no limit here: the angles of a position are computed, not looked up.
+    """
+    notes = []
+    for folder in folders:
+        config = read_config(folder)
+        layer = config.get("transformer_layer_config") or config
+        limit = layer.get("max_position_embeddings")
+        if _vocabulary(folder) is None and isinstance(limit, int) and limit < longest:
+            notes.append(
+                f"{folder}: the head's max_position_embeddings is {limit}, the task reaches "
+                f"{longest} tokens; heads draft on beyond it, but were not trained there"
+            )
+    return notes
+
+
+def other_special_ids(folders: Sequence[Path], target: Path) -> list[str]:
+    """Note the smaller models whose special tokens have other ids than the target's."""
+    own = read_config(target)
+    return [
+        f"{folder}: {key} is {config.get(key)}, the target's {own.get(key)}"
+        for folder, config in ((f, read_config(f)) for f in folders if _vocabulary(f) is not None)
+        for key in ("bos_token_id", "eos_token_id")
+        if config.get(key) != own.get(key)
+    ]
 
 
 def _vocabulary(folder: Path) -> tuple[object, object] | None:

@@ -30,6 +30,10 @@ WEIGHTS = ("lab", "checkpoint")
 DENSE, LM_HEAD, DRAFT_SCHEME, DRAFT_LM_HEAD = "dense", "lm_head", "draft_scheme", "draft_lm_head"
 
 
+# Keys of conf/base.yaml that have a least value.
+LEAST = (("temperature", 0), ("warmup_prompts", 0), ("warmup_tokens", 1), ("acceptance_floor", 0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The keys of conf/run.yaml that are not groups; their meaning is written there."""
@@ -43,6 +47,7 @@ class Settings:
     context: int | None
     warmup_prompts: int
     warmup_tokens: int
+    acceptance_floor: float
     threads: int | None
     tie_threshold_nats: dict[str, float]
     baseline: bool
@@ -52,7 +57,7 @@ class Settings:
         if place.is_absolute() or not place.parts or ".." in place.parts:
             raise ValueError(f"campaign must be a folder of results_dir, got {self.campaign!r}")
         check_machine(device=self.device, dtype=self.dtype, threads=self.threads)
-        for name, least in (("temperature", 0), ("warmup_prompts", 0), ("warmup_tokens", 1)):
+        for name, least in LEAST:
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
         if self.context is not None and self.context < 1:

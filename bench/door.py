@@ -9,7 +9,8 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -27,18 +28,25 @@ BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 OK, UNFINISHED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
-class Plan(Protocol):
+class Cells(Protocol):
     """Collects the cells of one command."""
-
-    notes: list[str]  # what the user should know and need not act on
 
     def add(
         self, config: DictConfig, *, names: Mapping[str, str], overrides: Sequence[str]
     ) -> None:
         """Check a cell; ValueError where something is wrong with it."""
 
+
+class Plan(Cells, Protocol):
+    """Groups them for the children that run them."""
+
+    notes: list[str]  # what the user should know and need not act on
+
     def blocks(self) -> list[Block]:
         """Group the cells; ValueError where none can run."""
+
+
+C = TypeVar("C", bound=Cells)
 
 
 def open_door(name: str, make_plan: Callable[[], Plan], *, module: str) -> int:
@@ -46,18 +54,23 @@ def open_door(name: str, make_plan: Callable[[], Plan], *, module: str) -> int:
 
     name: of the yaml in conf/. module: the child that runs a block.
     """
+    return collect(name, make_plan, finish=partial(execute, module=module))
+
+
+def collect(name: str, make: Callable[[], C], *, finish: Callable[[C], int]) -> int:
+    """Compose the cells that the command line asks for and hand them on; give the exit code."""
     # Hydra would print its errors on several lines and exit; this makes it raise them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Hydra finds the flag only where nothing but overrides follows or precedes it.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
-    plan = make_plan()
+    plan = make()
     problems: dict[str, list[str]] = defaultdict(list)
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)
     def door(config: DictConfig) -> None:
         job = HydraConfig.get()
         if job.mode == RunMode.MULTIRUN and job.launcher._target_ != BASIC_LAUNCHER:
-            _run_at_once(make_plan(), config, module)
+            _run_at_once(make(), config, finish)
             return
         try:
             plan.add(config, names=job.runtime.choices, overrides=job.overrides.task)
@@ -68,7 +81,7 @@ def open_door(name: str, make_plan: Callable[[], Plan], *, module: str) -> int:
         door()
         if problems:
             return _refuse(problems)
-        return execute(plan, module=module)
+        return finish(plan)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         return _refuse({_one_line(error): []})
     except KeyboardInterrupt:
@@ -110,11 +123,11 @@ def _run(block: Block, module: str, *, progress: bool) -> dict[str, str]:
     }
 
 
-def _run_at_once(plan: Plan, config: DictConfig, module: str) -> None:
+def _run_at_once(plan: C, config: DictConfig, finish: Callable[[C], int]) -> None:
     """Run one cell in a job of another launcher, where nobody collects them."""
     job = HydraConfig.get()
     plan.add(config, names=job.runtime.choices, overrides=job.overrides.task)
-    if execute(plan, module=module) != OK:
+    if finish(plan) != OK:
         raise RuntimeError(f"a cell of {job.job.override_dirname} is not done")
 
 

@@ -15,8 +15,9 @@ from typing import Any
 from bench.build import PACKAGES, ROOT
 from bench.record import read_json, write_json
 
-# Where results lie, what is drawn and what a report makes of a gap do not change a record.
-IRRELEVANT = ("campaign", "results_dir", "baseline", "tie_threshold_nats")
+# Where results lie, what is drawn, what a report makes of a gap and when a head is called broken
+# do not change a record.
+IRRELEVANT = ("campaign", "results_dir", "baseline", "tie_threshold_nats", "acceptance_floor")
 # Where things lie: what lies there is hashed by its content, in so far as a cell reads it.
 PLACES = {
     "model": ("target", "heads", "small", "calibration"),
@@ -29,6 +30,8 @@ KERNEL_SOURCES = (".cu", ".cuh", ".cpp", ".h")
 CHECKPOINT_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
+    "*.bin",  # read where there is nothing else
+    "*.bin.index.json",
     "config.json",
     "quantize_config.json",
     "tokenizer*",

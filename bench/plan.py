@@ -8,19 +8,19 @@ with a `problem`: a sweep records it and goes on.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
-from bench import check
+from bench import check, memory
 from bench.block import Arm, Block, check_schema, is_finished
 from bench.build import PACKAGES, named_node, target_modules
 from bench.choice import Choice, choose
 from bench.config import DRAFT_LM_HEAD, DRAFT_SCHEME, Config, door_of, parse, resolve, without
 from bench.identity import IRRELEVANT, WeightHashes, code_hash, config_hash, digest
-from bench.record import COST, QUALITY, VANILLA, Cell
+from bench.record import COST, QUALITY, RUN, VANILLA, Cell
 from bench.task import Prompt, Task, load
 from methods.checkpoint import Stored, stored_in
 from quant.scheme import Scheme
@@ -155,10 +155,11 @@ class Planner:
         cells = sorted(cells, key=lambda cell: cell.choice.cell != plain)
         results_dir = Path(first.config.settings.results_dir).expanduser()
         hashes = WeightHashes(results_dir / HASHES)
-        arms = tuple(self._arm(cell, hashes) for cell in cells)
+        arms = tuple(self._fitted(self._arm(cell, hashes), cell) for cell in cells)
         hashes.save()
-        if not all(is_finished(a) or a.problem for a in arms):
-            self._check_data(first)
+        for arm, cell in zip(arms, cells, strict=True):
+            if not arm.problem and not is_finished(arm):
+                self._check_data(cell)
         return Block(
             name=first.choice.block,
             results_dir=results_dir,
@@ -213,15 +214,30 @@ class Planner:
             return
         task, prompts = cell.config.task, self._prompts(cell.config.task)
         context = cell.config.settings.context or cell.positions
-        too_long = self._once(
-            f"prompts {digest(cell.tree['task'])} {target} {context}",
-            lambda: check.check_prompts(task, target, prompts, context),
+        lengths = self._once(
+            f"prompts {digest(cell.tree['task'])} {target}",
+            lambda: check.prompt_lengths(task, target, prompts),
         )
-        note = (
-            f"task {task.name}: {too_long} of {len(prompts)} prompts are too long for the context "
-            f"of {context}; they are recorded as too_long"
-        )
-        if too_long and note not in self.notes:
+        if too_long := check.check_prompts(task, lengths, context):
+            self._note(
+                f"task {task.name}: {too_long} of {len(prompts)} prompts are too long for the "
+                f"context of {context}; they are recorded as too_long"
+            )
+        longest = min(max(lengths) + task.max_new_tokens, context)
+        for note in check.beyond_heads(cell.folders[1:], longest):
+            self._note(note)
+
+    def _fitted(self, arm: Arm, planned: Planned) -> Arm:
+        """Make it the problem of an arm, where it is yet to run, that its device is too small."""
+        config, device = planned.config, planned.config.settings.device
+        if arm.problem or arm.cell.door != RUN or is_finished(arm):
+            return arm
+        have = self._once(f"memory {device}", lambda: memory.available(device))
+        problem = memory.misfit(config, planned.folders[1:], planned.positions, have=have)
+        return replace(arm, problem=problem)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
             self.notes.append(note)
 
     def _prompts(self, task: Task) -> list[Prompt]:

@@ -3,6 +3,11 @@
 Li et al. 2024 (arXiv 2401.15077; trees arXiv 2406.16858). One Llama layer without its input norm
 reads fc([embedding(t_{p+1}); h_p]), where h_p is the target's hidden state after the final norm;
 its output is the next h, and lm_head scores it as it stands.
+
+Over a rotated target (`methods.rotation`) features come rotated and without the final norm's
+weight. A head made for one (arXiv 2505.22179) has `rms_norm_rotation`, which turns a feature back
+before it enters, and an embedding and an lm_head of its own. A stock head absorbs the rotation in
+fc, and its output is turned once, into what the target's lm_head reads.
 """
 
 from dataclasses import dataclass
@@ -11,44 +16,56 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from methods.architecture import block_shapes, read_shape
+from methods.architecture import block_shapes
 from methods.checkpoint import Packer, load_lm_head
-from methods.grow import Head, TreeRecipe, head_shape
+from methods.grow import Head, TreeRecipe
+from methods.head import EAGLE, EMBEDDING, FLOATS, LM_HEAD, HeadFiles, open_head
 from methods.kv import KVCache
 from methods.recipe import Family, Parts
-from methods.transformer import Block, Shape, Transformer
-from methods.weights import Weights, read_config
+from methods.rotation import Rotation, is_norm_folded, read_rotation
+from methods.transformer import Block, Shape
+from methods.weights import Weights
+from quant.formats import Spec
 from quant.scheme import QuantLinear
 
 NAME = "eagle2"
 PREFIX = "layers.0."
-IGNORED = {"embed_tokens.weight"}  # a copy of the target's, in published heads
+ROTATED = "rms_norm_rotation.weight"  # [D, D], by which a head knows a rotated target
+AGREEMENT = 2.0**-6  # relative error of a published `rms_norm_rotation` in half precision
 
 
 class Eagle2Head(Head):
     """The head over one target, whose final norm it taps."""
 
     fc_bias: Tensor | None
+    entering: Tensor | None
+    leaving: Tensor | None
 
     def __init__(
         self,
         shape: Shape,
         *,
-        target: Transformer,
+        taps: tuple[int, ...],
+        embedding: Tensor,
         fc: QuantLinear,
         fc_bias: Tensor | None,
         block: Block,
         lm_head: QuantLinear,
+        entering: Tensor | None,
+        leaving: Tensor | None,
     ) -> None:
-        super().__init__(shape, taps=(target.shape.num_layers,), target=target)
+        """entering, leaving: [D, D] that features, and the head's outputs, are multiplied by."""
+        super().__init__(shape, taps=taps, embedding=embedding)
         self.fc = fc
         self.register_buffer("fc_bias", fc_bias)
         self.block = block
         self.lm_head = lm_head
+        self.register_buffer("entering", entering)
+        self.register_buffer("leaving", leaving)
 
     def enter(self, features: Tensor) -> Tensor:
         """The feature is the hidden stream."""
-        return features
+        return features if self.entering is None else features @ self.entering
 
     def layer(
         self,
@@ -63,7 +80,7 @@ class Eagle2Head(Head):
         if self.fc_bias is not None:
             x = x + self.fc_bias
         out: Tensor = self.block(x, rotation, kv, 0, seen)
-        return out
+        return out if self.leaving is None else out @ self.leaving
 
     def logits(self, hidden: Tensor) -> Tensor:
         """By the target's lm_head, or a copy in the drafter's own scheme."""
@@ -84,39 +101,58 @@ class Eagle2(TreeRecipe):
         return [family.head(NAME)]
 
     def head_vocab(self, family: Family, target: Shape) -> int:
-        """Sizes and vocabulary must be the target's."""
-        folder = family.head(NAME)
-        shape = head_shape(folder, target)
+        """Sizes, vocabulary and rotation must be the target's."""
+        files = open_head(family.head(NAME), EAGLE, target)
+        shape = files.shape
+        if shape.hidden_size != target.hidden_size:
+            raise ValueError(
+                f"{files.folder}: hidden_size must be the target's {target.hidden_size}, "
+                f"got {shape.hidden_size}"
+            )
+        own = {EMBEDDING: (shape.vocab_size, shape.hidden_size)}
+        own[LM_HEAD] = own[EMBEDDING]
         expected = head_shapes(shape)
-        if read_config(folder).get("bias", True):
+        if files.config.get("bias", True):  # as the published code has it
             expected["fc.bias"] = (shape.hidden_size,)
-        Weights(folder).require(expected, ignored=IGNORED)
+        rotation = read_rotation(family.target)
+        if ROTATED in files.weights:
+            expected |= own | {ROTATED: (shape.hidden_size, shape.hidden_size)}
+        files.require(expected, optional={k: Spec(dtypes=FLOATS, shape=v) for k, v in own.items()})
+        if ROTATED in files.weights:
+            _require_rotated(files, family.target, rotation)
         return shape.vocab_size
 
     def head(self, parts: Parts) -> Head:
         """Read the head; its layer and fc go into the drafter's scheme."""
-        folder = parts.family.head(NAME)
-        shape = read_shape(read_config(folder))
-        packer = Packer(
-            Weights(folder), parts.scheme, dtype=parts.target.dtype, device=parts.target.device
-        )
-        lm_head = parts.target.lm_head
-        if parts.lm_head is not None:
-            lm_head = load_lm_head(
-                parts.family.target, parts.lm_head, dtype=packer.dtype, device=packer.device
-            )
+        target = parts.target
+        files = open_head(parts.family.head(NAME), EAGLE, target.shape)
+        shape = files.shape
+        own = ROTATED in files.weights
+        rotation = read_rotation(parts.family.target)
+        if rotation is not None:
+            rotation = rotation.to(target.device, target.dtype)
+        folded = None if own else rotation
+        # The published code never reads a stock head's lm_head; its embedding it does.
+        tensors = files.tensors(besides=set() if own else {EMBEDDING, LM_HEAD})
+        embedding = tensors[EMBEDDING] if own else files.own_embedding(target, folded)
+        if folded is not None:
+            tensors["fc.weight"] = _absorbed(tensors["fc.weight"], folded, shared=embedding is None)
+        packer = Packer(tensors, parts.scheme, dtype=target.dtype, device=target.device)
         return Eagle2Head(
             shape,
-            target=parts.target,
+            taps=(target.shape.num_layers,),
+            embedding=target.embedding if embedding is None else embedding.to(target.embedding),
             fc=packer.linear("fc", "fc"),
-            fc_bias=packer.tensor("fc.bias") if "fc.bias" in packer.weights else None,
+            fc_bias=packer.tensor("fc.bias") if "fc.bias" in tensors else None,
             block=Block(
                 input_norm=nn.Identity(),
                 attention=packer.attention("attention", PREFIX, shape),
                 mlp_norm=packer.norm(f"{PREFIX}post_attention_layernorm.weight", shape.norm_eps),
                 mlp=packer.mlp("mlp", PREFIX),
             ),
-            lm_head=lm_head,
+            lm_head=_lm_head(parts, packer, own=own),
+            entering=packer.tensor(ROTATED).T.contiguous() if own else None,
+            leaving=None if folded is None else folded.into_feature.to(target.dtype),
         ).eval()
 
 
@@ -124,3 +160,37 @@ def head_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     """Every tensor of a head, by its published name."""
     hidden = shape.hidden_size
     return {"fc.weight": (hidden, 2 * hidden)} | block_shapes(PREFIX, shape, attention_in=hidden)
+
+
+def _absorbed(fc: Tensor, rotation: Rotation, *, shared: bool) -> Tensor:
+    """Let fc read the target's rotated features, and its embedding where that is shared."""
+    embedded, hidden = fc.to(rotation.matrix).chunk(2, dim=1)
+    if shared:
+        embedded = rotation.absorb(embedded)
+    return torch.cat([embedded, rotation.absorb(hidden, rotation.norm)], dim=1)
+
+
+def _lm_head(parts: Parts, packer: Packer, *, own: bool) -> QuantLinear:
+    """The target's output projection, a copy of it in the drafter's scheme, or the head's own."""
+    if own:
+        return packer.of(parts.lm_head or parts.dense).linear("lm_head", "lm_head")
+    if parts.lm_head is None:
+        return parts.target.lm_head
+    return load_lm_head(
+        parts.family.target, parts.lm_head, dtype=packer.dtype, device=packer.device
+    )
+
+
+def _require_rotated(files: HeadFiles, target: Path, rotation: Rotation | None) -> None:
+    """Check that a head that was made for a rotated target is over that target."""
+    if rotation is None:
+        if not is_norm_folded(Weights(target)):
+            raise ValueError(
+                f"{files.folder}: a head with {ROTATED} must be over a rotated target, but the "
+                f"final norm of {target} is not folded away"
+            )
+        return
+    expected = rotation.out_of_feature
+    apart = (files.weights[ROTATED].float().T - expected.float()).norm()
+    if not bool(apart <= AGREEMENT * expected.norm()):
+        raise ValueError(f"{files.folder}: {ROTATED} must be the rotation of {target}")

@@ -4,27 +4,36 @@ Li et al. 2025 (arXiv 2503.01840). The residual inputs of a low, a middle and a 
 fused once into the head's hidden stream; inside a tree the head's own output is fed back. Its
 layer reads [norm(embedding); norm(hidden)] and adds to the hidden stream; its own norm and lm_head
 score a reduced vocabulary, whose id i is the target's id i + d2t[i].
+
+Its width may differ from the target's; then it has an embedding of its own. Over a rotated target
+(`methods.rotation`) fc absorbs the rotation for each stream, and the attention's embedding half
+for the embedding that is shared: a norm without its weight commutes with a rotation.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from methods.architecture import block_shapes, read_shape
+from methods.architecture import FUSED, QKV, block_shapes
 from methods.checkpoint import Packer
-from methods.grow import Head, TreeRecipe, head_shape
+from methods.grow import Head, TreeRecipe
+from methods.head import EAGLE3, EMBEDDING, FLOATS, HeadFiles, open_head
 from methods.kv import KVCache
 from methods.recipe import Family, Parts
-from methods.transformer import MLP, Attention, RMSNorm, Shape, Transformer
-from methods.weights import Weights, read_config
+from methods.rotation import Rotation, read_rotation
+from methods.transformer import MLP, Attention, RMSNorm, Shape
+from quant.formats import Spec
 from quant.scheme import QuantLinear
 
 NAME = "eagle3"
 PREFIX = "midlayer."
-IGNORED = {"t2d", "embed_tokens.weight"}  # used in training only; a copy of the target's
+EMBEDDING_NORM = f"{PREFIX}input_layernorm.weight"
+OFFSETS, KEPT = "d2t", "t2d"
+TAPS = "eagle_aux_hidden_state_layer_ids"
+INTEGERS = (torch.int64, torch.int32)
 
 
 class Eagle3Head(Head):
@@ -37,7 +46,7 @@ class Eagle3Head(Head):
         shape: Shape,
         *,
         taps: tuple[int, ...],
-        target: Transformer,
+        embedding: Tensor,
         fc: QuantLinear,
         embedding_norm: RMSNorm,
         hidden_norm: RMSNorm,
@@ -47,8 +56,11 @@ class Eagle3Head(Head):
         norm: RMSNorm,
         lm_head: QuantLinear,
         offsets: Tensor,
+        norm_before_residual: bool,
+        norm_output: bool,
     ) -> None:
-        super().__init__(shape, taps=taps, target=target)
+        """norm_before_residual, norm_output: variants of speculators, by its names."""
+        super().__init__(shape, taps=taps, embedding=embedding)
         self.fc = fc
         self.embedding_norm = embedding_norm
         self.hidden_norm = hidden_norm
@@ -58,9 +70,11 @@ class Eagle3Head(Head):
         self.norm = norm
         self.lm_head = lm_head
         self.register_buffer("offsets", offsets)
+        self.norm_before_residual = norm_before_residual
+        self.norm_output = norm_output
 
     def enter(self, features: Tensor) -> Tensor:
-        """Fuse the target's three streams."""
+        """Fuse the target's streams."""
         out: Tensor = self.fc(features)
         return out
 
@@ -73,14 +87,16 @@ class Eagle3Head(Head):
         seen: Tensor | None,
     ) -> Tensor:
         """Attend over embedding and hidden side by side; add to the hidden stream."""
-        both = torch.cat([self.embedding_norm(embedded), self.hidden_norm(hidden)], dim=-1)
-        x = hidden + self.attention(both, rotation, kv, 0, seen)
+        normed = self.hidden_norm(hidden)
+        both = torch.cat([self.embedding_norm(embedded), normed], dim=-1)
+        residual = normed if self.norm_before_residual else hidden
+        x = residual + self.attention(both, rotation, kv, 0, seen)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
-        return out
+        return self.norm(out) if self.norm_output else out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Over the draft vocabulary."""
-        out: Tensor = self.lm_head(self.norm(hidden))
+        out: Tensor = self.lm_head(hidden if self.norm_output else self.norm(hidden))
         return out
 
     def to_target(self, ids: Tensor) -> Tensor:
@@ -98,65 +114,143 @@ class Eagle3(TreeRecipe):
 
     def head_vocab(self, family: Family, target: Shape) -> int:
         """The target's width and vocabulary must be what the head was trained on."""
-        folder = family.head(NAME)
-        shape, config = head_shape(folder, target), read_config(folder)
-        draft_vocab = _draft_vocab(config, folder)
-        Weights(folder).require(head_shapes(shape, draft_vocab), ignored=IGNORED)
-        _taps(config, folder, target)
+        files = open_head(family.head(NAME), EAGLE3, target)
+        shape, draft_vocab = files.shape, _draft_vocab(files)
+        width = files.config.get("target_hidden_size") or shape.hidden_size
+        if width != target.hidden_size:
+            raise ValueError(
+                f"{files.folder}: the width of the target that it reads must be "
+                f"{target.hidden_size}, got {width}"
+            )
+        taps = _taps(files, target)
+        expected = head_shapes(shape, draft_vocab, taps=len(taps), width=width)
+        embedding = {EMBEDDING: (shape.vocab_size, shape.hidden_size)}
+        if shape.hidden_size != width:
+            expected |= embedding
+        optional = {name: Spec(dtypes=FLOATS, shape=size) for name, size in embedding.items()}
+        optional[OFFSETS] = Spec(dtypes=INTEGERS, shape=(draft_vocab,))
+        optional[KEPT] = Spec(dtypes=(torch.bool,), shape=(shape.vocab_size,))
+        files.require(expected, optional=optional)
+        _target_ids(files, draft_vocab)
+        read_rotation(family.target)
         return draft_vocab
 
     def head(self, parts: Parts) -> Head:
         """Read the head; its layer and fc go into the drafter's scheme."""
-        folder = parts.family.head(NAME)
-        config = read_config(folder)
-        shape = read_shape(config)
-        weights = Weights(folder)
         target = parts.target
-        packer = Packer(weights, parts.scheme, dtype=target.dtype, device=target.device)
-        eps = shape.norm_eps
+        files = open_head(parts.family.head(NAME), EAGLE3, target.shape)
+        shape, config = files.shape, files.config
+        eps, draft_vocab = shape.norm_eps, _draft_vocab(files)
+        rotation = read_rotation(parts.family.target)
+        tensors = files.tensors(besides={EMBEDDING})
+        if rotation is not None:
+            rotation = rotation.to(target.device, target.dtype)
+        embedding = files.own_embedding(target, rotation)
+        if rotation is not None:
+            tensors |= _absorbed(tensors, rotation, shared=embedding is None)
+        packer = Packer(tensors, parts.scheme, dtype=target.dtype, device=target.device)
+        offsets = _target_ids(files, draft_vocab) - torch.arange(draft_vocab)
         return Eagle3Head(
             shape,
-            taps=_taps(config, folder, target.shape),
-            target=target,
+            taps=_taps(files, target.shape),
+            embedding=target.embedding if embedding is None else embedding,
             fc=packer.linear("fc", "fc"),
-            embedding_norm=packer.norm(f"{PREFIX}input_layernorm.weight", eps),
+            embedding_norm=packer.norm(EMBEDDING_NORM, eps),
             hidden_norm=packer.norm(f"{PREFIX}hidden_norm.weight", eps),
             attention=packer.attention("attention", PREFIX, shape),
             mlp_norm=packer.norm(f"{PREFIX}post_attention_layernorm.weight", eps),
             mlp=packer.mlp("mlp", PREFIX),
             norm=packer.norm("norm.weight", eps),
             lm_head=packer.of(parts.lm_head or parts.dense).linear("lm_head", "lm_head"),
-            offsets=weights["d2t"].to(target.device),
+            offsets=offsets.to(target.device),
+            norm_before_residual=bool(config.get("norm_before_residual", False)),
+            norm_output=bool(config.get("norm_output", False)),
         ).eval()
 
 
-def head_shapes(shape: Shape, draft_vocab: int) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a head, by its published name."""
+def head_shapes(
+    shape: Shape, draft_vocab: int, *, taps: int, width: int
+) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a head that must be there, by its published name.
+
+    taps, width: how many streams of the target it reads, and how wide they are.
+    """
     hidden = shape.hidden_size
     return {
-        "fc.weight": (hidden, 3 * hidden),
-        f"{PREFIX}input_layernorm.weight": (hidden,),
+        "fc.weight": (hidden, taps * width),
+        EMBEDDING_NORM: (hidden,),
         f"{PREFIX}hidden_norm.weight": (hidden,),
         "norm.weight": (hidden,),
         "lm_head.weight": (draft_vocab, hidden),
-        "d2t": (draft_vocab,),
     } | block_shapes(PREFIX, shape, attention_in=2 * hidden)
 
 
-def _draft_vocab(config: dict[str, Any], folder: Path) -> int:
-    size = config.get("draft_vocab_size")
+def _absorbed(
+    tensors: Mapping[str, Tensor], rotation: Rotation, *, shared: bool
+) -> dict[str, Tensor]:
+    """Let fc read rotated streams, and the attention the target's embedding where it is shared."""
+    fc = tensors["fc.weight"].to(rotation.matrix)
+    streams = fc.chunk(fc.shape[1] // len(rotation.norm), dim=1)
+    absorbed = {"fc.weight": torch.cat([rotation.absorb(part) for part in streams], dim=1)}
+    if not shared:
+        return absorbed
+    scale = tensors[EMBEDDING_NORM]
+    for part in FUSED[QKV]:
+        name = f"{PREFIX}self_attn.{part}.weight"
+        embedded, hidden = tensors[name].to(rotation.matrix).chunk(2, dim=1)
+        absorbed[name] = torch.cat([rotation.absorb(embedded, scale), hidden], dim=1)
+    return absorbed | {EMBEDDING_NORM: torch.ones_like(scale)}
+
+
+def _draft_vocab(files: HeadFiles) -> int:
+    size = files.config.get("draft_vocab_size")
     if not isinstance(size, int):
-        raise ValueError(f"{folder}: config.json must have draft_vocab_size, got {size!r}")
+        raise ValueError(f"{files.folder}: config.json must have draft_vocab_size, got {size!r}")
     return size
 
 
-def _taps(config: dict[str, Any], folder: Path, target: Shape) -> tuple[int, ...]:
-    """Layers whose residual inputs the head reads; 2, L / 2 and L - 3 where config is silent."""
-    layers = target.num_layers
-    named = config.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids")
-    taps = (2, layers // 2, layers - 3) if named is None else tuple(named)
-    if len(taps) != 3 or not all(isinstance(t, int) and 0 <= t < layers for t in taps):
+def _target_ids(files: HeadFiles, draft_vocab: int) -> Tensor:
+    """The target's id of each draft id, [draft_vocab]; ValueError where it is none, or unclear."""
+    weights, vocab = files.weights, files.shape.vocab_size
+    if OFFSETS not in weights:
+        if draft_vocab != vocab:
+            raise ValueError(
+                f"{files.folder} must hold {OFFSETS}, since draft_vocab_size is {draft_vocab} of "
+                f"{vocab}"
+            )
+        return torch.arange(vocab)
+    offsets = weights[OFFSETS].to(torch.int64)
+    # Bounds first: an offset near the ends of int64 would wrap around when it is added.
+    if bool(((offsets < -vocab) | (offsets > vocab)).any()):
+        raise ValueError(f"{files.folder}: {OFFSETS} must stay within the vocabulary of {vocab}")
+    ids = offsets + torch.arange(draft_vocab)
+    if bool(((ids < 0) | (ids >= vocab)).any()):
+        raise ValueError(f"{files.folder}: {OFFSETS} must stay within the vocabulary of {vocab}")
+    if len(set(ids.tolist())) < draft_vocab:
+        raise ValueError(f"{files.folder}: {OFFSETS} must lead to {draft_vocab} different tokens")
+    if KEPT in weights and not torch.equal(weights[KEPT].nonzero().flatten(), ids.sort().values):
+        raise ValueError(f"{files.folder}: {KEPT} must name the tokens that {OFFSETS} leads to")
+    return ids
+
+
+def _taps(files: HeadFiles, target: Shape) -> tuple[int, ...]:
+    """Layers whose residual inputs the head reads; 2, L / 2 and L - 3 where config is silent.
+
+    At the top of a config, as vLLM and speculators read it, an id is the layer whose input is
+    read; in `eagle_config`, as SGLang and SpecForge read it, the layer whose output is.
+    """
+    layers, config = target.num_layers, files.config
+    nested = (config.get("eagle_config") or {}).get(TAPS)
+    if (named := config.get(TAPS)) is not None:
+        taps = tuple(named)
+    elif nested is not None:
+        taps = tuple(i + 1 if isinstance(i, int) else i for i in nested)
+    else:
+        taps = (2, layers // 2, layers - 3)
+    known = all(isinstance(t, int) and 0 <= t < layers for t in taps)
+    if not taps or not known or len(set(taps)) < len(taps):
         raise ValueError(
-            f"{folder}: the head must read 3 of the target's layers 0 to {layers - 1}, got {taps}"
+            f"{files.folder}: the head must read inputs of the target's layers 0 to {layers - 1}, "
+            f"got {list(taps)}"
         )
     return taps

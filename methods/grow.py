@@ -13,21 +13,18 @@ Letters: m pairs, K top_k, D hidden, F width of the target's features, V draft v
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.architecture import read_shape
 from methods.attention import visible
 from methods.checkpoint import check_transformer
 from methods.decode import PREFILL_CHUNK, Drafter, State
 from methods.kv import KVCache
 from methods.recipe import Family, Parts, Recipe
-from methods.transformer import Shape, Transformer
+from methods.transformer import Shape
 from methods.tree import Tree
-from methods.weights import read_config
 
 MAX_DEPTH = 64
 MAX_NODES = 1024
@@ -38,11 +35,12 @@ class Head(nn.Module, ABC):
 
     embedding: Tensor
 
-    def __init__(self, shape: Shape, *, taps: tuple[int, ...], target: Transformer) -> None:
+    def __init__(self, shape: Shape, *, taps: tuple[int, ...], embedding: Tensor) -> None:
+        """taps: streams of the target that it reads. embedding: [V, D], the target's or its own."""
         super().__init__()
         self.shape = shape
         self.taps = taps
-        self.register_buffer("embedding", target.embedding)
+        self.register_buffer("embedding", embedding)
 
     @abstractmethod
     def enter(self, features: Tensor) -> Tensor:
@@ -210,15 +208,6 @@ class TreeDrafter(Drafter):
         logprobs = logits.log_softmax(dim=-1).clamp(max=0)
         scores, ids = logprobs.topk(self.top_k)
         return scores, self.head.to_target(ids)
-
-
-def head_shape(folder: Path, target: Shape) -> Shape:
-    """Give a head's sizes; ValueError unless width and vocabulary are its target's."""
-    shape = read_shape(read_config(folder))
-    for key in ("vocab_size", "hidden_size"):
-        if (have := getattr(shape, key)) != (want := getattr(target, key)):
-            raise ValueError(f"{folder}: {key} must be the target's {want}, got {have}")
-    return shape
 
 
 def prune(root: int, *, tokens: Tensor, parents: Tensor, scores: Tensor, keep: int) -> Tree:

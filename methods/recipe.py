@@ -6,7 +6,7 @@ function that joins them to loaded models.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from methods.decode import Drafter, Method
@@ -57,18 +57,18 @@ class Parts:
     dense: Scheme
     load: Callable[[Path], Transformer]
 
+    def with_scheme(self, scheme: Scheme) -> "Parts":
+        """The same, but for the scheme of the drafter's own layers."""
+        return replace(self, scheme=scheme)
+
     def smaller(self, *, ahead: int) -> "Parts":
         """The parts of a method over the smaller model, which may run `ahead` of this one."""
         family = self.family.smaller()
-        return Parts(
+        return replace(
+            self,
             target=self.load(family.target),
             family=family,
-            rule=self.rule,
             context=self.context + ahead,
-            scheme=self.scheme,
-            lm_head=self.lm_head,
-            dense=self.dense,
-            load=self.load,
         )
 
 

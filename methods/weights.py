@@ -1,6 +1,7 @@
 """A checkpoint folder's files: its tensors by name, and its config.json.
 
-Everything is checked before anything is allocated. Pickles are never opened here.
+Everything is checked before anything is allocated. Pickles are read where a folder has nothing
+else, as published draft heads do, and only where they hold nothing but tensors.
 """
 
 import json
@@ -8,77 +9,58 @@ from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from methods.shards import Shard, open_shard
 from quant.formats import Spec
 
 INDEX = "model.safetensors.index.json"
 # AutoGPTQ wrote its settings here before config.json had a place for them.
 QUANTIZE_CONFIG = "quantize_config.json"
+WHOLE = "model.safetensors"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 # Written beside the weights by our own quantiser, and read by itself.
 ROTATION = "rotation.safetensors"
-# The names that safetensors gives dtypes.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 class Weights(Mapping[str, Tensor]):
     """The tensors of a folder, by name; each is read when it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, renamed: Mapping[str, str] | None = None) -> None:
+        """renamed: how names begin in the file -> how they shall begin here."""
         self.folder = folder
-        self._file_of: dict[str, Path] = {}
-        indexed = _read_index(folder)
+        self._place_of: dict[str, tuple[Shard, str]] = {}
+        index = _index_file(folder)
+        indexed = None if index is None else _read_index(index)
+        found: dict[str, str] = {}
         for path in _weight_files(folder, indexed):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    names = set(file.keys())
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} must be a whole safetensors file: {error}") from error
-            if twice := names & self._file_of.keys():
+            shard = open_shard(path)
+            if twice := shard.names & found.keys():
                 raise ValueError(f"{folder} must hold a tensor once, got {_some(twice)} twice")
-            self._file_of.update(dict.fromkeys(names, path))
-        found = {name: path.name for name, path in self._file_of.items()}
+            found |= dict.fromkeys(shard.names, path.name)
+            self._place_of |= {_renamed(n, renamed or {}): (shard, n) for n in shard.names}
         if indexed is not None and (wrong := indexed.items() ^ found.items()):
             shown = _some({name for name, _ in wrong})
             raise ValueError(
-                f"{folder / INDEX} must name every tensor's file, got {shown} elsewhere or nowhere"
+                f"{index} must name every tensor's file, got {shown} elsewhere or nowhere"
             )
+        if len(self._place_of) < len(found):
+            raise ValueError(f"{folder} must hold a tensor once, got two that are renamed to one")
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+        shard, stored = self._place_of[name]
+        return shard.tensor(stored)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._place_of)
 
     def __len__(self) -> int:
-        return len(self._file_of)
+        return len(self._place_of)
 
     def spec(self, name: str) -> Spec:
         """Dtype and shape of a tensor, without reading it."""
-        with safe_open(self._file_of[name], framework="pt") as file:
-            found = file.get_slice(name)
-            if found.get_dtype() not in DTYPES:
-                raise ValueError(
-                    f"{self.folder}: dtypes must be among {', '.join(DTYPES)}, "
-                    f"got {found.get_dtype()} for {name}"
-                )
-            return Spec(dtypes=(DTYPES[found.get_dtype()],), shape=tuple(found.get_shape()))
+        shard, stored = self._place_of[name]
+        return shard.spec(stored)
 
     def require(
         self,
@@ -141,11 +123,16 @@ def _read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_index(folder: Path) -> dict[str, str] | None:
-    """Which file holds which tensor; None where there is no index."""
-    path = folder / INDEX
-    if not path.is_file():
-        return None
+def _index_file(folder: Path) -> Path | None:
+    """The index of a folder's shards; None where there is none. Safetensors go first."""
+    if (folder / INDEX).is_file():
+        return folder / INDEX
+    path = folder / PICKLED_INDEX
+    return path if path.is_file() and not _safetensors(folder) else None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Which file holds which tensor."""
     try:
         named = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         return {str(name): str(file) for name, file in named.items()}
@@ -165,17 +152,30 @@ def _weight_files(folder: Path, indexed: Mapping[str, str] | None) -> list[Path]
 
 def _only_file(folder: Path) -> Path:
     """The one file of weights, whatever its name; several without an index may lack a shard."""
-    found = [path for path in sorted(folder.glob("*.safetensors")) if path.name != ROTATION]
-    whole = folder / "model.safetensors"
+    found = _safetensors(folder)
+    whole = folder / WHOLE
     if whole in found:
         return whole
     if len(found) == 1:
         return found[0]
     if found:
         raise ValueError(f"{folder} must hold {INDEX} for its {len(found)} files, found none")
+    if (folder / PICKLED).is_file():
+        return folder / PICKLED
     raise ValueError(f"{folder} must hold {whole.name}, found none")
 
 
-def _some(names: set[str]) -> str:
+def _safetensors(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.safetensors")) if path.name != ROTATION]
+
+
+def _renamed(name: str, starts: Mapping[str, str]) -> str:
+    for old, new in starts.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _some(names: Set[str]) -> str:
     shown = ", ".join(sorted(names)[:3]) or "none"
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

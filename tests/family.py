@@ -127,9 +127,12 @@ def write_eagle3(
     config = target | {
         "num_hidden_layers": 1,
         "draft_vocab_size": draft_vocab,
-        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, layers // 2, layers - 1]},
+        "eagle_aux_hidden_state_layer_ids": [1, layers // 2, layers - 1],
     }
-    tensors = random_tensors(eagle3.head_shapes(read_shape(config), draft_vocab), seed)
+    shapes = eagle3.head_shapes(
+        read_shape(config), draft_vocab, taps=3, width=target["hidden_size"]
+    )
+    tensors = random_tensors(shapes, seed)
     kept = torch.randperm(vocab, generator=torch.Generator().manual_seed(seed))[:draft_vocab]
     kept = kept.sort().values
     tensors["d2t"] = kept - torch.arange(draft_vocab)

@@ -39,7 +39,7 @@ def assemble(
         extra: dict[str, object] = {
             "architectures": ["LlamaForCausalLMEagle3"],
             "draft_vocab_size": draft_vocab,
-            "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(shape.taps)},
+            "eagle_aux_hidden_state_layer_ids": list(shape.taps),
         }
         write_json(folder / "config.json", head | extra)
     for name in ("heldout.jsonl", "calibration.jsonl", "corpus.json"):

@@ -332,7 +332,18 @@ def test_ctrl_c_ends_the_child(tmp_path: Path, door: Door, monkeypatch: pytest.M
 def test_the_command_lists_its_doors() -> None:
     line = [sys.executable, "-m", "bench.cli"]
     told = subprocess.run([*line, "--help"], capture_output=True, text=True, check=True)
-    assert all(f"specquant {name}" in told.stdout for name in ("run", "cost", "quality", "report"))
+    doors = ("check", "run", "cost", "quality", "report")
+    assert all(f"specquant {name}" in told.stdout for name in doors)
     refused = subprocess.run([*line, "ran"], capture_output=True, text=True, check=False)
-    assert refused.stderr == "error: a door must be one of run, cost, quality, report, got 'ran'\n"
+    assert refused.stderr == f"error: a door must be one of {', '.join(doors)}, got 'ran'
+"
     assert refused.returncode == 2
+
+
+def test_a_head_that_is_never_right_is_unsupported_not_slow(tmp_path: Path, door: Door) -> None:
+    world = write_world(tmp_path)
+    code, out, _ = door(*world, "method=eagle2", *SMALL, "acceptance_floor=1000000")
+    assert code == 1
+    assert f"lab.dense.vanilla.{END}: done" in out
+    assert f"lab.dense.eagle2.{END}: unsupported: broken head: acceptance length 1." in out
+    assert not (results(world) / f"lab.dense.eagle2.{END}" / "records.jsonl").exists()

@@ -37,6 +37,7 @@ def write_world(root: Path, lengths: Sequence[int] = LENGTHS) -> list[str]:
         f"task.path={root / 'prompts.jsonl'}",
         f"results_dir={root / 'results'}",
         "campaign=c",
+        "acceptance_floor=0",  # random heads are right by chance only
     ]
 
 

@@ -3,37 +3,37 @@
 A draft tree is grown by walking every path by itself. Slow, and independent of `methods`.
 """
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 
 @dataclass
 class Oracle:
-    """One head over a target; `eagle3` says which of the two."""
+    """One head over a target; `eagle3` says which of the two.
 
-    folder: Path
+    config, tensors: in EAGLE's own keys and names, however the head was published.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
     embedding: Tensor
     lm_head: Tensor
     eagle3: bool
 
     def __post_init__(self) -> None:
-        self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        self.w = load_file(self.folder / "model.safetensors")
-        self.w = {k: v.double() if v.is_floating_point() else v for k, v in self.w.items()}
+        self.w = {k: v.double() if v.is_floating_point() else v for k, v in self.tensors.items()}
         self.prefix = "midlayer." if self.eagle3 else "layers.0."
 
     def tree(
         self, features: Tensor, tokens: list[int], *, depth: int, top_k: int, nodes: int
     ) -> dict[tuple[int, ...], float]:
         """The kept paths below the root, with their cumulative log-probabilities."""
-        hidden = features @ self.w["fc.weight"].T if self.eagle3 else features
-        pairs = list(zip(hidden, tokens[1:], strict=True))
+        pairs = self.pairs(features, tokens)
         pool: dict[tuple[int, ...], float] = {}
         frontier: dict[tuple[int, ...], float] = {(): 0.0}
         for _ in range(depth):
@@ -47,6 +47,15 @@ class Oracle:
             frontier = dict(sorted(grown.items(), key=lambda x: -x[1])[:top_k])
         return dict(sorted(pool.items(), key=lambda x: -x[1])[: nodes - 1])
 
+    def pairs(self, features: Tensor, tokens: list[int]) -> list[tuple[Tensor, int]]:
+        """What the head reads of a text: a hidden vector, and the token after it."""
+        hidden = features
+        if self.eagle3:
+            hidden = features @ self.w["fc.weight"].T
+        elif "rms_norm_rotation.weight" in self.w:
+            hidden = features @ self.w["rms_norm_rotation.weight"].T
+        return list(zip(hidden, tokens[1:], strict=True))
+
     def walk(self, pairs: list[tuple[Tensor, int]], path: tuple[int, ...]) -> Tensor:
         """Log-probabilities after a drafted path, feeding the head its own outputs."""
         sequence = list(pairs)
@@ -54,18 +63,21 @@ class Oracle:
             sequence.append((self.layer(sequence)[-1], token))
         out = self.layer(sequence)[-1]
         if self.eagle3:
-            out = self.norm(out, "norm.weight")
+            if not self.config.get("norm_output"):
+                out = self.norm(out, "norm.weight")
             return (self.w["lm_head.weight"] @ out).log_softmax(-1)
         return (self.lm_head @ out).log_softmax(-1)
 
     def target_id(self, token: int) -> int:
-        return token + int(self.w["d2t"][token]) if self.eagle3 else token
+        return token + int(self.w["d2t"][token]) if "d2t" in self.w else token
 
     def layer(self, pairs: list[tuple[Tensor, int]]) -> Tensor:
         hidden = torch.stack([h for h, _ in pairs])
         embedded = self.embedding[torch.tensor([t for _, t in pairs])]
         if self.eagle3:
             x = hidden
+            if self.config.get("norm_before_residual"):
+                x = self.norm(hidden, "midlayer.hidden_norm.weight")
             read = torch.cat(
                 [
                     self.norm(embedded, "midlayer.input_layernorm.weight"),
@@ -75,11 +87,14 @@ class Oracle:
             )
         else:
             x = read = torch.cat([embedded, hidden], dim=-1) @ self.w["fc.weight"].T
+            if "fc.bias" in self.w:
+                x = read = x + self.w["fc.bias"]
         x = x + self.attention(read)
         y = self.norm(x, f"{self.prefix}post_attention_layernorm.weight")
         gate = y @ self.w[f"{self.prefix}mlp.gate_proj.weight"].T
         up = y @ self.w[f"{self.prefix}mlp.up_proj.weight"].T
-        return x + (gate * gate.sigmoid() * up) @ self.w[f"{self.prefix}mlp.down_proj.weight"].T
+        x = x + (gate * gate.sigmoid() * up) @ self.w[f"{self.prefix}mlp.down_proj.weight"].T
+        return self.norm(x, "norm.weight") if self.config.get("norm_output") else x
 
     def attention(self, x: Tensor) -> Tensor:
         heads, groups = self.config["num_attention_heads"], self.config["num_key_value_heads"]

@@ -1,7 +1,9 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from methods.decode import Drafter, Method, Output, State, generate
@@ -32,8 +34,10 @@ def paths(tree: Tree) -> set[tuple[int, ...]]:
 
 
 def oracle_of(recipe: TreeRecipe, family: Family, model: Transformer) -> Oracle:
+    folder = recipe.folders(family)[0]
     return Oracle(
-        folder=recipe.folders(family)[0],
+        config=json.loads((folder / "config.json").read_text(encoding="utf-8")),
+        tensors=load_file(folder / "model.safetensors"),
         embedding=model.embedding,
         lm_head=model.lm_head.dequantize().double(),
         eagle3=isinstance(recipe, Eagle3),

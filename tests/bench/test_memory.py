@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.config import Config, parse, resolve
+from bench.load import Loader
+from bench.memory import available, misfit, needed, packed_bytes
+from quant.dense import Dense
+from quant.w4a16 import W4A16
+from quant.w8a8 import W8A8
+from tests.bench.tiny import composed, write_world
+
+GIB = 2**30
+# Two positions of keys and values in float32: 5 layers, 2 key-value heads of 32.
+TARGET_TOKEN = 2 * 5 * 2 * 32 * 4
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> list[str]:
+    return write_world(tmp_path)
+
+
+def config_of(world: list[str], *overrides: str) -> Config:
+    return parse(resolve(composed(*world, *overrides)))
+
+
+@pytest.mark.parametrize("quant", ["dense", "w8a8", "w4a16", "w4a16_asym", "w4a8_qoq_g128", "fp8"])
+@pytest.mark.parametrize("lm_head", ["checkpoint", "w8a8"])
+def test_weights_take_what_the_loaded_model_holds(
+    world: list[str], quant: str, lm_head: str
+) -> None:
+    config = config_of(world, f"quant={quant}", f"quant.lm_head={lm_head}")
+    target = Loader(config).target
+    held = target.weight_bytes + target.embedding.nbytes
+    assert needed(config, [], 256).weights == held
+
+
+def test_caches_take_what_the_loaded_model_reserves_for_a_token(world: list[str]) -> None:
+    config = config_of(world)
+    need = needed(config, [], positions=256)
+    assert need.per_token == TARGET_TOKEN == Loader(config).target.cache(8).bytes_per_token
+    assert need.total == need.weights + 256 * TARGET_TOKEN
+    shorter = needed(config_of(world, "context=100"), [], positions=256)
+    assert shorter.total == need.weights + 100 * TARGET_TOKEN
+
+
+def test_what_a_method_reads_is_counted_in_the_drafters_schemes(world: list[str]) -> None:
+    plain = needed(config_of(world), [], 256)
+    for scheme, per_weight in (("dense", 4), ("w8a8", 1)):
+        config = config_of(world, "method=eagle2", f"method.draft_scheme={scheme}")
+        folders = config.recipe.folders(config.model.family)
+        head = needed(config, folders, 256).weights - plain.weights
+        # fc, q, k, v, o, gate, up, down of 128 wide, 256 inside, 128 + 2 x 64 attended
+        weights = 256 * 128 + 128 * (128 + 64 + 64) + 128 * 128 + 3 * 128 * 256
+        assert per_weight * weights <= head < 1.1 * per_weight * weights
+    chain = config_of(world, "method=chain")
+    need = needed(chain, chain.recipe.folders(chain.model.family), 256)
+    assert need.per_token == TARGET_TOKEN + TARGET_TOKEN * 4 // 5
+
+
+def test_a_slice_shows_what_the_whole_takes() -> None:
+    weight = torch.randn(256, 384)
+    for scheme in (
+        Dense(),
+        W8A8(smooth_alpha=0.5),
+        W4A16(group_size=128, symmetric=False, range_search=True),
+    ):
+        absmax = torch.ones(384) if scheme.needs_absmax else None
+        whole = sum(t.nbytes for t in scheme.pack(weight, absmax).values())
+        assert packed_bytes(scheme, 256, 384, torch.float32) == whole
+
+
+def test_what_fits_and_what_nobody_knows_is_no_problem(world: list[str]) -> None:
+    config = config_of(world)
+    total = needed(config, [], 256).total
+    assert misfit(config, [], 256, have=total) == ""
+    assert misfit(config, [], 256, have=None) == ""
+
+
+def test_a_context_that_fits_is_offered(world: list[str]) -> None:
+    config = config_of(world, "task.max_new_tokens=10")
+    have = needed(config, [], 256).weights + 40 * TARGET_TOKEN + 3
+    refused = misfit(config, [], 256, have=have)
+    assert refused.startswith("memory: 0.00 GiB are needed at least, ")
+    assert refused.endswith(f"cpu has {have / GIB:.2f} GiB: context=40 fits")
+    assert "\n" not in refused
+    fitting = config_of(world, "task.max_new_tokens=10", "context=40")
+    assert misfit(fitting, [], 256, have=have) == ""
+
+
+def test_the_largest_scheme_that_fits_is_offered(world: list[str]) -> None:
+    config = config_of(world)
+    w8a8 = needed(config_of(world, "quant=w8a8"), [], 256).total
+    fp8 = needed(config_of(world, "quant=fp8"), [], 256).total
+    have = max(w8a8, fp8)
+    assert have < needed(config, [], 256).weights
+    refused = misfit(config, [], 256, have=have)
+    offered = refused.partition("quant=")[2].partition(" ")[0]
+    assert needed(config_of(world, f"quant={offered}"), [], 256).total <= have
+    assert misfit(config, [], 256, have=1000).endswith("nothing here fits")
+
+
+def test_the_machine_says_how_much_memory_is_free() -> None:
+    have = available("cpu")
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    total = 1024 * int(text.partition("MemTotal:")[2].split()[0])
+    assert have is not None
+    assert 0 < have <= total
