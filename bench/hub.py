@@ -10,14 +10,17 @@ read for is fetched, never code; pickles only where there are no safetensors.
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from bench.build import ROOT
 from bench.identity import CHECKPOINT_FILES
 
-HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
+HUB_ID = re.compile(
+    r"(?!.*(?:--|\.\.))(?P<repo>\w[\w.-]*/[\w.-]*\w)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII
+)
 DEFAULT_REVISION = "main"
 FILES = (*CHECKPOINT_FILES, "generation_config.json", "quant*config.json", "added_tokens.json")
 PICKLES = ("*.bin", "*.bin.index.json")
@@ -92,17 +95,12 @@ def _snapshot(repo: str, revision: str, files: Sequence[str]) -> Path | None:
     import huggingface_hub as hf  # half a second that a folder does not cost
 
     try:
-        return Path(
-            hf.snapshot_download(
-                repo,
-                revision=revision,
-                local_files_only=True,
-                allow_patterns=list(files),
-                ignore_patterns=list(IGNORED),
-            )
+        found = hf.snapshot_download(
+            repo, revision=revision, local_files_only=True, allow_patterns=list(files)
         )
     except hf.errors.LocalEntryNotFoundError:
         return None
+    return Path(found)
 
 
 def _whole(repo: str, revision: str) -> Path | None:
@@ -113,44 +111,42 @@ def _whole(repo: str, revision: str) -> Path | None:
         listed = hf.get_cached_repo_tree(repo, revision=revision)
     except hf.errors.CachedRepoTreeNotFoundError:
         return None
-    return _snapshot(repo, revision, _wanted([file.path for file in listed]))
+    return _snapshot(repo, revision, _wanted(file.path for file in listed))
 
 
 def _download(repo: str, revision: str, key: str) -> Path:
     import huggingface_hub as hf
-    from httpx import HTTPError, HTTPStatusError
+    from httpx import HTTPError
 
     try:
+        # Asked first, because it has a timeout: the download itself waits for a route for minutes.
         info = hf.HfApi().model_info(
             repo, revision=revision, timeout=TIMEOUT_S, files_metadata=True
         )
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        wanted = _wanted(list(sizes))
-        kept = list(
-            hf.utils.filter_repo_objects(
-                sizes, allow_patterns=wanted, ignore_patterns=list(IGNORED)
-            )
-        )
-        gigabytes = sum(sizes[name] for name in kept) / 1e9
+        wanted = _wanted(sizes)
+        gigabytes = sum(sizes[name] for name in wanted) / 1e9
         sys.stderr.write(
-            f"{repo}@{info.sha}: {len(kept)} files, {gigabytes:.2f} GB, from the hub\n"
+            f"{repo}@{info.sha}: {len(wanted)} files, {gigabytes:.2f} GB from the hub\n"
         )
-        return Path(
-            hf.snapshot_download(
-                repo, revision=revision, allow_patterns=wanted, ignore_patterns=list(IGNORED)
-            )
-        )
-    except (HTTPError, OSError, hf.errors.HFValidationError) as error:
+        return Path(hf.snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except (HTTPError, OSError) as error:
         # An older client leaves no list of a repository's files: what it cached is taken as it is.
-        answered = isinstance(error, HTTPStatusError | hf.errors.HfHubHTTPError)
+        answered = isinstance(error, hf.errors.HfHubHTTPError)
         if not answered and (snapshot := _snapshot(repo, revision, FILES)) is not None:
             return snapshot
         raise ValueError(f"{_reason(error, repo, revision)}; or give {key}=<folder>") from error
 
 
-def _wanted(listed: Sequence[str]) -> list[str]:
-    safe = any(name.endswith(SAFE) and "/" not in name for name in listed)
-    return [*FILES] if safe else [*FILES, *PICKLES]
+def _wanted(listed: Iterable[str]) -> list[str]:
+    """Which of a repository's files a checkpoint folder is read for."""
+    top = [name for name in listed if not _matches(name, IGNORED)]
+    safe = any(name.endswith(SAFE) for name in top)
+    return sorted(name for name in top if _matches(name, FILES if safe else (*FILES, *PICKLES)))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _reason(error: Exception, repo: str, revision: str) -> str:

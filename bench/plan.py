@@ -157,7 +157,7 @@ class Planner:
         return parse(self._pinned(tree), packages=self._packages)
 
     def _pinned(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """The tree that a child reads: the same commits for all arms, whatever the hub says then."""
+        """The tree that a child reads: all arms get the same commits."""
         return {**tree, "model": hub.pinned(tree["model"], self._pins)}
 
     def _stored(self, folder: Path, scheme: Scheme, lm_head: Scheme) -> Stored:

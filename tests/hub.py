@@ -94,19 +94,19 @@ def serve(repos: dict[str, Repo]) -> Iterator[Hub]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """api/<kind>/<org>/<name>[/revision|tree|paths-info/<rev>[/<path>]] and resolve/<rev>/<path>."""
+    """api/<kind>/<id>[/revision|tree|paths-info/<rev>[/<path>]] and <id>/resolve/<rev>/<path>."""
 
     protocol_version = "HTTP/1.1"
     timeout: ClassVar[float] = 10.0
     server: Any
 
-    def do_GET(self) -> None:  # noqa: N802  the name that http.server looks for
+    def do_GET(self) -> None:
         self._answer(b"")
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self._answer(b"")
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         self._answer(self.rfile.read(int(self.headers.get("Content-Length", 0))))
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
