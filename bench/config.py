@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bench import hub
 from bench.build import PACKAGES, ROOT, as_mapping, build, named_node, typed
 from bench.record import COST, QUALITY, RUN
 from bench.score import Scoring
@@ -108,7 +109,7 @@ class Costing:
 
 @dataclass(frozen=True, kw_only=True)
 class Folders:
-    """A family as conf/model has it; relative paths begin at the checkout."""
+    """A family as conf/model has it: folders, relative to the checkout, or hub ids."""
 
     target: str
     heads: dict[str, str]
@@ -224,7 +225,7 @@ def door_of(tree: Mapping[str, Any]) -> str:
 
 
 def parse_model(node: object) -> Model:
-    """Build a model from its node, every path made absolute."""
+    """Build a model from its node, every path made absolute; downloads nothing."""
     values = as_mapping(node, "model")
     own = {f.name for f in fields(Origin)}
     origin = typed({k: v for k, v in values.items() if k in own}, Origin, key="model")
@@ -291,8 +292,8 @@ def _recipe(node: object, packages: tuple[str, ...]) -> Recipe:
 def _family(node: object, key: str) -> Family:
     folders = typed(node, Folders, key=key)
     return Family(
-        target=_place(folders.target),
-        heads={name: _place(path) for name, path in folders.heads.items()},
+        target=hub.place(folders.target),
+        heads={head: hub.place(name) for head, name in folders.heads.items()},
         small=None if folders.small is None else _family(folders.small, f"{key}.small"),
     )
 

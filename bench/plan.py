@@ -8,13 +8,14 @@ with a `problem`: a sweep records it and goes on.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
-from bench import check, memory
+from bench import check, hub, memory
 from bench.block import Arm, Block, check_schema, is_finished
 from bench.build import PACKAGES, named_node, target_modules
 from bench.choice import Choice, choose
@@ -34,9 +35,9 @@ T = TypeVar("T")
 class Planned:
     """A checked cell, before anything was hashed.
 
-    tree: its resolved configuration. data: digest of its prompts or its text. folders, calibrated:
-    checkpoints and whether text is read. positions: of the model. asked: by the user, not only as
-    a baseline.
+    tree: its resolved configuration, with models named as the user does. data: digest of its
+    prompts or its text. folders, calibrated: checkpoints and whether text is read. positions: of
+    the model. asked: by the user, not only as a baseline.
     """
 
     choice: Choice
@@ -65,6 +66,7 @@ class Planner:
         self._packages = packages
         self._cells: dict[Path, Planned] = {}
         self._known: dict[str, Any] = {}  # what was read or checked once
+        self._pins: dict[str, str] = {}  # name of a model -> its name at the commit that is here
 
     def add(
         self, config: DictConfig, *, names: Mapping[str, str], overrides: Sequence[str]
@@ -99,7 +101,7 @@ class Planner:
             raise ValueError(f"two different cells would lie in {cell.folder}: give a campaign")
 
     def _plan(self, choice: Choice, tree: dict[str, Any], *, asked: bool) -> Planned:
-        config = parse(tree, packages=self._packages)
+        config = self._parse(tree)
         family, campaign = config.model.family, config.settings.folder
         self._once(f"campaign {campaign}", lambda: check_schema(campaign))
         context = config.settings.context
@@ -143,6 +145,21 @@ class Planner:
             asked=asked,
             stored=stored,
         )
+
+    def _parse(self, tree: dict[str, Any]) -> Config:
+        """Parse a cell, and bring here what it reads from the hub."""
+        config = parse(tree, packages=self._packages)
+        reads = [config.model.family.target]
+        with suppress(ValueError):  # a family without a part: `_plan` makes it the cell's problem
+            reads += config.recipe.folders(config.model.family)
+        for key, name in hub.names(tree["model"]):
+            if hub.place(name) in reads and name not in self._pins:
+                self._pins[name] = hub.fetch(name, key=key)
+        return parse(self._pinned(tree), packages=self._packages)
+
+    def _pinned(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """The tree that a child reads: all arms get the same commits."""
+        return {**tree, "model": hub.pinned(tree["model"], self._pins)}
 
     def _stored(self, folder: Path, scheme: Scheme, lm_head: Scheme) -> Stored:
         return self._once(
@@ -191,8 +208,19 @@ class Planner:
             weight_hashes=hashes.of(
                 planned.folders, [text] if text is not None and planned.calibrated else []
             ),
+            revisions=self._revisions(planned),
         )
-        return Arm(folder=planned.folder, cell=cell, config=planned.tree, problem=planned.problem)
+        return Arm(
+            folder=planned.folder,
+            cell=cell,
+            config=self._pinned(planned.tree),
+            problem=planned.problem,
+        )
+
+    def _revisions(self, planned: Planned) -> list[str]:
+        """Hub ids, at their commits, of the folders that a cell reads."""
+        pins = filter(hub.is_id, set(self._pins.values()))
+        return sorted(pin for pin in pins if hub.place(pin) in planned.folders)
 
     def _draft_label(self, planned: Planned) -> str:
         """The drafter's scheme, and that of its own lm_head where there is one."""

@@ -148,6 +148,7 @@ class Cell(Record):
     config_hash: str = ""
     code_hash: str = ""
     weight_hashes: dict[str, str] = field(default_factory=dict)
+    revisions: list[str] = field(default_factory=list)  # org/name@commit of what the hub gave
 
 
 @dataclass(frozen=True, kw_only=True)

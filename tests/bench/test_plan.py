@@ -154,8 +154,10 @@ def test_a_truncated_checkpoint_stops_the_sweep(
 
 def test_a_missing_checkpoint_is_named(world: list[str], tmp_path: Path) -> None:
     refused = refusal(world, f"model.target={tmp_path / 'none'}")
+    folder = tmp_path / "none"
     assert refused == (
-        f"{tmp_path / 'none'} must be a checkpoint folder with a config.json, found none"
+        "model.target must be a checkpoint folder or a hub id, org/name or org/name@revision, got "
+        f"'{folder}': {folder} is no folder"
     )
 
 

@@ -196,7 +196,7 @@ def test_nothing_is_left_besides_the_results(swept: tuple[list[str], int]) -> No
         (["method=chain", "+method.inner.x=1"], "error: method.inner.x: no such key, there are "),
         (["method=eagle2", "method.top_k=97"], "error: top_k must be within the head's"),
         (["quant.lm_head=w9"], "error: quant.lm_head must be one of checkpoint, dense, "),
-        (["model.target=/none"], "error: /none must be a checkpoint folder"),
+        (["model.target=/none"], "error: model.target must be a checkpoint folder or a hub id"),
     ],
 )
 def test_a_users_error_is_one_line_before_any_compute(
