@@ -11,6 +11,7 @@ DOORS = {
     "run": "decode a task with a method on a quantised model, or a matrix of them",
     "cost": "measure what verifying n tokens costs, and what drafting does",
     "quality": "measure what a scheme costs in quality: perplexity, divergence from dense",
+    "quantize": "round a model's layers on calibration text, into a checkpoint folder",
     "report": "turn a campaign's records into tables, figures and one page",
 }
 # Doors whose module has another name: `bench.check` is what every door looks at.
@@ -33,7 +34,7 @@ def main() -> int:
 
 
 def _usage() -> str:
-    doors = "\n".join(f"  specquant {name:<7} {what}" for name, what in DOORS.items())
+    doors = "\n".join(f"  specquant {name:<9} {what}" for name, what in DOORS.items())
     return (
         f"Does speculative decoding still pay on a quantised model?\n\n{doors}\n\n"
         "Keys are set as key=value; -m sweeps over a=1,2; `specquant <door> --help` lists them.\n"

@@ -186,13 +186,18 @@ class Config:
         return decodes and self.score.execute and self.task.scorer.executes
 
 
-def resolve(config: DictConfig) -> dict[str, Any]:
-    """Give a composed configuration as plain values, with the content of every named scheme."""
+def plain_tree(config: DictConfig) -> dict[str, Any]:
+    """Give a composed configuration as plain values; ValueError where one is missing."""
     try:
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ValueError(str(error).splitlines()[0]) from error
-    tree = as_mapping(tree, "the configuration")
+    return as_mapping(tree, "the configuration")
+
+
+def resolve(config: DictConfig) -> dict[str, Any]:
+    """Give a composed configuration with the content of every scheme that it names."""
+    tree = plain_tree(config)
     tree.pop("experiment", None)
     for node, key in (("quant", LM_HEAD), ("method", DRAFT_SCHEME), ("method", DRAFT_LM_HEAD)):
         values = tree[node] = as_mapping(tree.get(node), node)

@@ -67,11 +67,11 @@ def code_hash(modules: Iterable[str], *, root: Path = ROOT) -> str:
 class WeightHashes:
     """Hashes files by content; remembers them by path, size, inode and times of change."""
 
-    def __init__(self, memory: Path) -> None:
-        """memory: a JSON file that is read now and written by `save`."""
+    def __init__(self, memory: Path | None) -> None:
+        """memory: a JSON file that is read now and written by `save`; None remembers nothing."""
         self._memory = memory
         self._known: dict[str, Any] = {}
-        if memory.is_file():
+        if memory is not None and memory.is_file():
             self._known = read_json(memory)
         self._changed = False
 
@@ -88,7 +88,7 @@ class WeightHashes:
 
     def save(self) -> None:
         """Write what was learnt."""
-        if self._changed:
+        if self._changed and self._memory is not None:
             self._memory.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._memory, self._known)
 

@@ -171,6 +171,16 @@ class Packer:
             down=self.linear(f"{label}.down", f"{place}down_proj"),
         )
 
+    def block(self, layer: int, shape: Shape) -> Block:
+        """One decoder layer, by its number."""
+        prefix, label = f"model.layers.{layer}.", f"blocks.{layer}"
+        return Block(
+            input_norm=self.norm(f"{prefix}input_layernorm.weight", shape.norm_eps),
+            attention=self.attention(f"{label}.attention", prefix, shape),
+            mlp_norm=self.norm(f"{prefix}post_attention_layernorm.weight", shape.norm_eps),
+            mlp=self.mlp(f"{label}.mlp", prefix),
+        )
+
     def _parts(self, place: str, fused: str) -> list[str]:
         if self.quantization is not None and self.quantization.fused:
             return [place + fused]
@@ -179,22 +189,11 @@ class Packer:
 
 def build_transformer(shape: Shape, packer: Packer, lm_head: Scheme) -> Transformer:
     """Make the model from a packer's weights. lm_head: the scheme of the output projection."""
-    blocks = []
-    for layer in range(shape.num_layers):
-        prefix, label = f"model.layers.{layer}.", f"blocks.{layer}"
-        blocks.append(
-            Block(
-                input_norm=packer.norm(f"{prefix}input_layernorm.weight", shape.norm_eps),
-                attention=packer.attention(f"{label}.attention", prefix, shape),
-                mlp_norm=packer.norm(f"{prefix}post_attention_layernorm.weight", shape.norm_eps),
-                mlp=packer.mlp(f"{label}.mlp", prefix),
-            )
-        )
     head = packer.of(lm_head)
     return Transformer(
         shape,
         embedding=packer.tensor(EMBEDDING),
-        blocks=blocks,
+        blocks=[packer.block(layer, shape) for layer in range(shape.num_layers)],
         norm=packer.norm("model.norm.weight", shape.norm_eps),
         lm_head=head.linear("lm_head", _output_module(shape)),
     ).eval()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quant.grid import Fit, pieces
 from quant.lattice import Lattice
+from quant.rounding import Inputs, Rounding
 from quant.scheme import Scheme
 
 HESSIAN_DTYPES = (torch.float32, torch.float64)
@@ -64,7 +65,7 @@ class Rounded:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTQ:
+class GPTQ(Rounding):
     """The algorithm's settings; `block_size` changes speed alone."""
 
     damping: float  # added to the diagonal of H, as a share of its mean
@@ -81,6 +82,23 @@ class GPTQ:
             )
         if self.block_size < 1:
             raise ValueError(f"block_size must be positive, got {self.block_size}")
+
+    @property
+    def label(self) -> str:
+        """Name in labels."""
+        if not self.desc_act:
+            return "gptq"
+        return "gptq-static-order" if self.static_groups else "gptq-order"
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Looks at the inputs' second moments."""
+        return True
+
+    def round(self, scheme: Scheme, weight: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+        """Give the stored tensors alone."""
+        assert inputs.hessian is not None
+        return self.pack(scheme, weight, inputs.hessian, inputs.absmax).stored
 
     def pack(
         self, scheme: Scheme, weight: Tensor, hessian: Tensor, absmax: Tensor | None = None

@@ -21,11 +21,11 @@ from quant.formats.awq import read_awq
 from quant.formats.compressed import read_compressed
 from quant.formats.gptq import read_gptq
 from quant.formats.layout import FLOATS, Layout, Quantization, Spec
-from quant.formats.native import read_native
+from quant.formats.native import native_config, read_native
 from quant.formats.private import is_converted, read_converted, read_unnamed
 from quant.formats.qqq import read_qqq
 
-__all__ = ["FLOATS", "Layout", "Quantization", "Spec", "read_quantization"]
+__all__ = ["FLOATS", "Layout", "Quantization", "Spec", "native_config", "read_quantization"]
 
 READERS = {
     "awq": read_awq,

@@ -88,10 +88,23 @@ class NativeQuantization(Quantization):
         return NativeLayout(own=self.own) if module.endswith("_proj") else None
 
 
+def native_config(*, scheme: Scheme, lm_head: Scheme | None, rounding: str) -> dict[str, Any]:
+    """Give the quantization_config that `read_native` reads back."""
+    return {
+        "quant_method": METHOD,
+        "schema": SCHEMA,
+        "scheme": describe(scheme),
+        "lm_head": None if lm_head is None else describe(lm_head),
+        "rounding": rounding,
+    }
+
+
 def describe(scheme: Scheme) -> dict[str, Any]:
-    """Give a scheme as config.json holds it."""
-    assert SCHEMES.get(type(scheme).__name__) is type(scheme)
-    return {"name": type(scheme).__name__, **asdict(scheme)}  # type: ignore[call-overload]
+    """Give a scheme as config.json holds it; ValueError where it stores nothing of its own."""
+    name = type(scheme).__name__
+    if SCHEMES.get(name) is not type(scheme):
+        raise ValueError(f"a checkpoint's scheme must be one of {', '.join(SCHEMES)}, got {name}")
+    return {"name": name, **asdict(scheme)}  # type: ignore[call-overload]
 
 
 def read_native(values: Mapping[str, Any], names: Set[str]) -> Quantization:

@@ -15,7 +15,7 @@ from methods.architecture import FUSED, transformer_shapes
 from methods.checkpoint import check_transformer, load_transformer, stored_in
 from methods.transformer import Transformer
 from quant.dense import Dense
-from quant.formats.native import SCHEMES, describe
+from quant.formats.native import SCHEMES, describe, native_config
 from quant.scheme import Scheme, rows
 from quant.stored import AsStored
 from quant.w4a16 import W4A16
@@ -58,13 +58,7 @@ def native_tensors(folder: Path, scheme: Scheme) -> dict[str, Tensor]:
 def write_native(folder: Path, out: Path, scheme: Scheme) -> Path:
     out.mkdir()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {
-        "quant_method": "specquant",
-        "schema": 1,
-        "scheme": describe(scheme),
-        "lm_head": None,
-        "rounding": "nearest",
-    }
+    config["quantization_config"] = native_config(scheme=scheme, lm_head=None, rounding="nearest")
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(native_tensors(folder, scheme), out / "model.safetensors")
     return out

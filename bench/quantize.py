@@ -1,0 +1,205 @@
+"""Door: quantise a model's layers on calibration text, and write a checkpoint folder of them.
+
+    specquant quantize model=lab quant=w4a16 quantizer=gptq out=checkpoints/lab-gptq
+
+`python -m bench.quantize` does the same. `quant=checkpoint` reads what was written.
+"""
+
+import hashlib
+import math
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from bench.build import build, named_node, target_modules, typed
+from bench.config import LM_HEAD, check_machine, parse_model, parse_schemes, plain_tree, without
+from bench.door import open_single
+from bench.identity import WeightHashes, code_hash, digest
+from bench.likelihood import Reader, score
+from bench.load import load_tokenizer
+from bench.quantizer import Job, Quantizer
+from bench.record import write_json
+from bench.source import read_file
+from bench.text import Evaluation, Text, encode, windows
+from methods.checkpoint import check_transformer, load_transformer
+from quant.scheme import Scheme
+
+STORED = "checkpoint"  # the file of conf/quant that reads what was written
+REPORT = "quality.json"
+PARTS = ("target", "small")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The keys of conf/quantize.yaml that are not groups; their meaning is written there."""
+
+    out: str
+    part: str
+    device: str
+    dtype: str
+    threads: int | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise ValueError(f"part must be one of {', '.join(PARTS)}, got {self.part!r}")
+        check_machine(device=self.device, dtype=self.dtype, threads=self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How much of model.calibration is read: texts, and tokens of each, at most."""
+
+    samples: int
+    length: int
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+
+
+def main() -> int:
+    """Quantise as the command line asks; give the exit code."""
+    return open_single("quantize", _quantize)
+
+
+def _quantize(config: DictConfig) -> str:
+    tree = plain_tree(config)
+    tree["quant"][LM_HEAD] = named_node("quant", tree["quant"][LM_HEAD], key=f"quant.{LM_HEAD}")
+    groups = ("model", "quant", "quantizer", "task", "calibration", "quality")
+    settings = typed(without(tree, *groups), Settings, key="")
+    evaluation = None
+    if tree["quality"] is not None:
+        evaluation = typed(tree["quality"], Evaluation, key="quality")
+    text = build(tree["task"], Text, key="task")
+    quantizer = build(tree["quantizer"], Quantizer, key="quantizer")  # type: ignore[type-abstract]
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    job = _job(tree, settings, quantizer)
+    quantizer.check(job)
+    rows = quantizer.quantize(job)
+    report: dict[str, Any] = {"layers": rows}
+    if evaluation is not None:
+        report |= beside_dense(job, evaluation, text)
+    write_json(job.out / REPORT, report)
+    return f"{_told(report)}\n{job.out}\n"
+
+
+def _job(tree: Mapping[str, Any], settings: Settings, quantizer: Quantizer) -> Job:
+    """Check what is asked for, and read the texts where they are needed."""
+    model = parse_model(tree["model"])
+    schemes = parse_schemes(tree["quant"], {})
+    family = model.family if settings.part == "target" else model.family.smaller()
+    shape = check_transformer(family.target)
+    job = Job(
+        folder=family.target,
+        out=Path(settings.out).expanduser().resolve(),
+        scheme=schemes.target,
+        lm_head=None if schemes.lm_head.as_stored else schemes.lm_head,
+        dense=schemes.dense,
+        stored=build(named_node("quant", STORED, key="quant"), Scheme, key="quant"),  # type: ignore[type-abstract]
+        texts=[],
+        dtype=getattr(torch, settings.dtype),
+        device=torch.device(settings.device),
+        seed=settings.seed,
+        identity="",
+        notes={"calibration": None},
+        progress=sys.stderr.isatty(),
+    )
+    files = []
+    if quantizer.needs_text(job):
+        file = model.calibration
+        if file is None or not file.is_file():
+            raise ValueError(f"model.calibration must be a file for {job.scheme.label}, got {file}")
+        files = [file]
+        wanted = typed(tree["calibration"], Calibration, key="calibration")
+        texts = _texts(file, family.target, wanted, settings.seed, most=shape.max_positions)
+        job = replace(job, texts=texts, notes=_notes(file, texts, settings.seed))
+    identity = {
+        "settings": without(tree, "out", "task", "quality", "threads"),
+        "files": WeightHashes(None).of([family.target], files),
+        "code": code_hash(["bench.quantize", *sorted(target_modules(tree))]),
+    }
+    return replace(job, identity=digest(identity))
+
+
+def _texts(
+    file: Path, folder: Path, wanted: Calibration, seed: int, *, most: int
+) -> list[list[int]]:
+    """Draw texts and give their tokens; a text of one token shows nothing."""
+    texts = [str(row.get("text")) for row in read_file(file)]
+    random.Random(seed).shuffle(texts)
+    tokenizer = load_tokenizer(folder)
+    length = min(wanted.length, most)
+    drawn = (tokenizer(text)["input_ids"][:length] for text in texts[: wanted.samples])
+    return [tokens for tokens in drawn if len(tokens) > 1]
+
+
+def _notes(file: Path, texts: list[list[int]], seed: int) -> dict[str, Any]:
+    """What the checkpoint tells of its calibration."""
+    with file.open("rb") as opened:
+        content = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {
+        "calibration": {
+            "file": file.name,
+            "sha256": content,
+            "samples": len(texts),
+            "tokens": sum(map(len, texts)),
+            "seed": seed,
+        }
+    }
+
+
+def beside_dense(job: Job, evaluation: Evaluation, text: Text) -> dict[str, Any]:
+    """Perplexity of the dense and of the new model on a text, and how far apart they are."""
+    tokens = encode(load_tokenizer(job.folder), text)[: evaluation.limit]
+    dense, new = (
+        Reader(
+            load_transformer(
+                folder, scheme=scheme, lm_head=scheme, dtype=job.dtype, device=job.device
+            ),
+            window=evaluation.window,
+        )
+        for folder, scheme in ((job.folder, job.dense), (job.out, job.stored))
+    )
+    own = dense if evaluation.kl else None
+    found = [
+        (score(w, tokens, dense, None), score(w, tokens, new, own))
+        for w in windows(len(tokens), evaluation)
+    ]
+    count = sum(record.tokens for record, _ in found)
+    kl = [record.kl_nats for _, record in found if record.kl_nats is not None]
+    return {
+        "text": text.name,
+        "tokens": count,
+        "dense_perplexity": math.exp(sum(record.nll_nats for record, _ in found) / count),
+        "perplexity": math.exp(sum(record.nll_nats for _, record in found) / count),
+        "kl_nats_per_token": sum(kl) / count if kl else None,
+    }
+
+
+def _told(report: Mapping[str, Any]) -> str:
+    """The report in lines."""
+    lines = [f"{'layer':<24}{'weight error':>14}{'output error':>14}"]
+    for row in report["layers"]:
+        output = "" if row["output_error"] is None else f"{row['output_error']:.3e}"
+        lines.append(f"{row['layer']:<24}{row['weight_error']:>14.3e}{output:>14}")
+    if "perplexity" in report:
+        lines.append(
+            f"perplexity {report['perplexity']:.4f}, dense {report['dense_perplexity']:.4f} "
+            f"({report['tokens']} tokens of {report['text']})"
+        )
+    if report.get("kl_nats_per_token") is not None:
+        lines.append(f"KL(dense || new) {report['kl_nats_per_token']:.3e} nats per token")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

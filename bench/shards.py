@@ -1,0 +1,88 @@
+"""A checkpoint folder that is written part by part, and goes on where it was stopped.
+
+Each part is a shard under its final name from the start; index and config.json come last, so that a
+folder is loadable when it is whole and not before.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bench.identity import CHECKPOINT_FILES
+from bench.record import read_json, write_json
+from methods.weights import INDEX
+
+UNFINISHED = ".quantizing.json"  # the plan that the shards so far belong to
+NOTES = "specquant"  # key of a shard's metadata
+
+
+class Shards:
+    """The shards of one folder. plan: what makes them; shards of another plan are not mixed in."""
+
+    def __init__(self, out: Path, *, plan: Mapping[str, Any], count: int) -> None:
+        """Take up what is there, or raise ValueError where something else is."""
+        self.out = out
+        self.count = count
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"out must be a folder, got a file: {out}")
+        state = out / UNFINISHED
+        if state.is_file():
+            if read_json(state) != plan:
+                raise ValueError(f"{out} holds shards of other settings: give another out")
+        elif out.exists() and any(out.iterdir()):
+            raise ValueError(f"out must be a new, empty or unfinished folder, got {out}")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(state, dict(plan))
+
+    def path(self, number: int) -> Path:
+        """File of a shard."""
+        return self.out / f"model-{number + 1:05d}-of-{self.count:05d}.safetensors"
+
+    def has(self, number: int) -> bool:
+        """Whether a shard is written, whole."""
+        return self.path(number).is_file()
+
+    def write(
+        self, number: int, tensors: Mapping[str, Tensor], notes: list[dict[str, Any]]
+    ) -> None:
+        """Write a shard. notes: what is to be known of its layers, as JSON."""
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        scratch = self.path(number).with_suffix(".part")
+        save_file(whole, scratch, metadata={"format": "pt", NOTES: json.dumps(notes)})
+        scratch.replace(self.path(number))
+
+    def read(self, number: int) -> dict[str, Tensor]:
+        """Read a shard back."""
+        tensors: dict[str, Tensor] = load_file(self.path(number))
+        return tensors
+
+    def notes(self) -> list[dict[str, Any]]:
+        """What was noted with all shards, in their order."""
+        found: list[dict[str, Any]] = []
+        for number in range(self.count):
+            with safe_open(self.path(number), framework="pt") as file:
+                found += json.loads(file.metadata()[NOTES])
+        return found
+
+    def finish(self, *, config: Mapping[str, Any], source: Path) -> None:
+        """Write index and config.json, and copy the tokenizer of the folder quantised."""
+        weight_map = {}
+        size = 0
+        for number in range(self.count):
+            for name, tensor in self.read(number).items():
+                weight_map[name] = self.path(number).name
+                size += tensor.nbytes
+        copied = [p for pattern in CHECKPOINT_FILES for p in source.glob(pattern)]
+        copied += source.glob("generation_config.json")
+        for path in copied:
+            if ".safetensors" not in path.name and path.suffix != ".bin":
+                shutil.copyfile(path, self.out / path.name)
+        write_json(self.out / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(self.out / "config.json", dict(config))
+        (self.out / UNFINISHED).unlink()
