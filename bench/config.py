@@ -4,18 +4,17 @@ The same tree of plain values is checked by the parent before any compute, hashe
 config.yaml, and read again by the child that computes.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path, PurePath
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bench import hub
 from bench.build import PACKAGES, ROOT, as_mapping, build, named_node, typed
+from bench.machine import check_machine
 from bench.record import COST, QUALITY, RUN
 from bench.score import Scoring
 from bench.source import Source
@@ -25,7 +24,6 @@ from methods.recipe import Family, Recipe
 from methods.verify import Greedy, Rule, Sampled
 from quant.scheme import Scheme
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 WEIGHTS = ("lab", "checkpoint")
 # Keys that name a scheme: in the configuration a file of conf/quant, here its content.
 DENSE, LM_HEAD, DRAFT_SCHEME, DRAFT_LM_HEAD = "dense", "lm_head", "draft_scheme", "draft_lm_head"
@@ -253,22 +251,6 @@ def parse_schemes(quant: Mapping[str, Any], method: Mapping[str, Any]) -> Scheme
         draft_lm_head=draft_lm_head and _scheme(draft_lm_head, f"method.{DRAFT_LM_HEAD}"),
         dense=_scheme(dense, "quant"),
     )
-
-
-def check_machine(*, device: str, dtype: str, threads: int | None) -> None:
-    """Check the keys that say where and in what floating-point format to compute."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    cores = os.cpu_count() or 1
-    if threads is not None and not 1 <= threads <= cores:
-        raise ValueError(
-            f"threads must be 1 to {cores}, the machine's cores, or null, got {threads}"
-        )
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
-        raise ValueError(f"device must be cpu, cuda or cuda:<index>, got {device!r}")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must exist, got {device!r} of {torch.cuda.device_count()} GPUs")
 
 
 def without(node: Mapping[str, Any], *keys: str) -> dict[str, Any]:

@@ -18,11 +18,12 @@ import torch
 from omegaconf import DictConfig
 
 from bench.build import build, named_node, target_modules, typed
-from bench.config import LM_HEAD, check_machine, parse_model, parse_schemes, plain_tree, without
+from bench.config import LM_HEAD, parse_model, parse_schemes, plain_tree, without
 from bench.door import open_single
 from bench.identity import WeightHashes, code_hash, digest
 from bench.likelihood import Reader, score
 from bench.load import load_tokenizer
+from bench.machine import check_machine
 from bench.quantizer import Job, Quantizer
 from bench.record import write_json
 from bench.source import read_file
