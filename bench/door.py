@@ -89,27 +89,6 @@ def collect(name: str, make: Callable[[], C], *, finish: Callable[[C], int]) -> 
         return INTERRUPTED
 
 
-def open_single(name: str, work: Callable[[DictConfig], str]) -> int:
-    """Open a door that does one thing at once, and print what it tells; give the exit code.
-
-    name: of the yaml in conf/. work: raises ValueError where something is wrong.
-    """
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-
-    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=name)
-    def door(config: DictConfig) -> None:
-        sys.stdout.write(work(config))
-
-    try:
-        door()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        return _refuse({_one_line(error): []})
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from here\n")
-        return INTERRUPTED
-    return OK
-
-
 def execute(plan: Plan, *, module: str) -> int:
     """Run planned blocks one after the other; say how every cell ended; give the exit code."""
     blocks = plan.blocks()

@@ -9,7 +9,7 @@ import hashlib
 import math
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from bench import hub
 from bench.build import build, named_node, target_modules, typed
 from bench.config import LM_HEAD, parse_model, parse_schemes, plain_tree, without
-from bench.door import open_single
+from bench.door import OK, collect
 from bench.identity import WeightHashes, code_hash, digest
 from bench.likelihood import Reader, score
 from bench.load import load_tokenizer
@@ -34,6 +35,7 @@ from quant.scheme import Scheme
 STORED = "checkpoint"  # the file of conf/quant that reads what was written
 REPORT = "quality.json"
 PARTS = ("target", "small")
+GROUPS = ("model", "quant", "quantizer", "task", "calibration", "quality")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,36 +68,65 @@ class Calibration:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A checked job. evaluation: of what was written, on a text; None = none."""
+
+    job: Job
+    quantizer: Quantizer
+    threads: int | None
+    evaluation: Evaluation | None
+    text: Text
+
+
+class Jobs:
+    """Collects the jobs of one command, checked before the first computes."""
+
+    def __init__(self) -> None:
+        self.planned: dict[Path, Planned] = {}
+
+    def add(
+        self, config: DictConfig, *, names: Mapping[str, str], overrides: Sequence[str]
+    ) -> None:
+        """Check one; ValueError where something is wrong with it."""
+        tree = plain_tree(config)
+        tree["quant"][LM_HEAD] = named_node("quant", tree["quant"][LM_HEAD], key=f"quant.{LM_HEAD}")
+        settings = typed(without(tree, *GROUPS), Settings, key="")
+        quality = tree["quality"]
+        quantizer = build(tree["quantizer"], Quantizer, key="quantizer")  # type: ignore[type-abstract]
+        planned = Planned(
+            job=_job(tree, settings, quantizer),
+            quantizer=quantizer,
+            threads=settings.threads,
+            evaluation=None if quality is None else typed(quality, Evaluation, key="quality"),
+            text=build(tree["task"], Text, key="task"),
+        )
+        quantizer.check(planned.job)
+        if planned.job.out in self.planned:
+            raise ValueError(f"every job must have an out of its own, got {planned.job.out} twice")
+        self.planned[planned.job.out] = planned
+
+
 def main() -> int:
     """Quantise as the command line asks; give the exit code."""
-    return open_single("quantize", _quantize)
+    return collect("quantize", Jobs, finish=_work)
 
 
-def _quantize(config: DictConfig) -> str:
-    tree = plain_tree(config)
-    tree["quant"][LM_HEAD] = named_node("quant", tree["quant"][LM_HEAD], key=f"quant.{LM_HEAD}")
-    groups = ("model", "quant", "quantizer", "task", "calibration", "quality")
-    settings = typed(without(tree, *groups), Settings, key="")
-    evaluation = None
-    if tree["quality"] is not None:
-        evaluation = typed(tree["quality"], Evaluation, key="quality")
-    text = build(tree["task"], Text, key="task")
-    quantizer = build(tree["quantizer"], Quantizer, key="quantizer")  # type: ignore[type-abstract]
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    job = _job(tree, settings, quantizer)
-    quantizer.check(job)
-    rows = quantizer.quantize(job)
-    report: dict[str, Any] = {"layers": rows}
-    if evaluation is not None:
-        report |= beside_dense(job, evaluation, text)
-    write_json(job.out / REPORT, report)
-    return f"{_told(report)}\n{job.out}\n"
+def _work(jobs: Jobs) -> int:
+    for planned in jobs.planned.values():
+        if planned.threads is not None:
+            torch.set_num_threads(planned.threads)
+        report: dict[str, Any] = {"layers": planned.quantizer.quantize(planned.job)}
+        if planned.evaluation is not None:
+            report |= beside_dense(planned.job, planned.evaluation, planned.text)
+        write_json(planned.job.out / REPORT, report)
+        sys.stdout.write(f"{_told(report)}\n{planned.job.out}\n")
+    return OK
 
 
 def _job(tree: Mapping[str, Any], settings: Settings, quantizer: Quantizer) -> Job:
     """Check what is asked for, and read the texts where they are needed."""
-    model = parse_model(tree["model"])
+    model = parse_model(_fetched(tree["model"], settings.part))
     schemes = parse_schemes(tree["quant"], {})
     family = model.family if settings.part == "target" else model.family.smaller()
     shape = check_transformer(family.target)
@@ -129,6 +160,17 @@ def _job(tree: Mapping[str, Any], settings: Settings, quantizer: Quantizer) -> J
         "code": code_hash(["bench.quantize", *sorted(target_modules(tree))]),
     }
     return replace(job, identity=digest(identity))
+
+
+def _fetched(model: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Fetch what is quantised, where it is named by a hub id."""
+    if part == "target" or model.get("small") is None:
+        return {**model, "target": hub.fetch(model["target"], key="model.target")}
+    small = {
+        **model["small"],
+        "target": hub.fetch(model["small"]["target"], key="model.small.target"),
+    }
+    return {**model, "small": small}
 
 
 def _texts(

@@ -112,7 +112,8 @@ def open_head(folder: Path, kind: str, target: Shape) -> HeadFiles:
     for key in REFUSED[kind]:
         if config.get(key):
             raise ValueError(f"{folder}: {key} must be false, nothing here computes it")
-    shape = read_shape(config)
+    # EAGLE's code gives its layer biases only where this key asks for them, whatever the family.
+    shape = read_shape({"qkv_bias": False} | config)
     if shape.vocab_size != target.vocab_size:
         raise ValueError(
             f"{folder}: vocab_size must be the target's {target.vocab_size}, got {shape.vocab_size}"
@@ -135,4 +136,5 @@ def _from_speculators(config: Mapping[str, Any], kind: str, folder: Path) -> dic
         raise ValueError(f"{folder}: layer_types must be full_attention, got sliding_attention")
     own = {key: value for key, value in config.items() if key != "transformer_layer_config"}
     flat = LLAMA_DEFAULTS | dict(layer) | own
-    return flat | {"bias": bool(config.get("fusion_bias", False))}
+    # The whole config's own type names the head, not the layer's architecture.
+    return flat | {"model_type": "llama", "bias": bool(config.get("fusion_bias", False))}

@@ -1,0 +1,265 @@
+"""`specquant quantize`: a folder that other doors read, written part by part."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench import quantize, run
+from bench.shards import UNFINISHED
+from methods.checkpoint import check_transformer, load_transformer, stored_in
+from methods.weights import INDEX, read_config
+from quant.stored import AsStored
+from tests.bench.tiny import LIMIT, generations, write_world
+
+Door = Callable[..., tuple[int, str, str]]
+SETTINGS = (
+    "quant=w4a16",
+    "quant.group_size=32",
+    "quant.range_search=false",
+    "calibration.length=40",
+    "quality.window=64",
+    "quality.stride=32",
+    "threads=1",
+)
+
+
+@pytest.fixture
+def door(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Door:
+    """`specquant quantize` in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["specquant quantize", *arguments])
+        code = quantize.main()
+        told = capfd.readouterr()
+        return code, told.out, told.err
+
+    return call
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> list[str]:
+    """Overrides that point the door at a tiny family and its texts."""
+    models = [o for o in write_world(tmp_path) if o.startswith("model.")]
+    rows = [{"text": ("abcdefghij"[i:] * 30)[:60]} for i in range(8)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "calibration.jsonl").write_text(lines, encoding="utf-8")
+    text = f"task.path={tmp_path / 'calibration.jsonl'}"
+    return [*models, f"model.calibration={tmp_path / 'calibration.jsonl'}", text, *SETTINGS]
+
+
+def folder_of(world: list[str], key: str = "model.target") -> Path:
+    (found,) = [o.partition("=")[2] for o in world if o.startswith(f"{key}=")]
+    return Path(found)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_folder_is_read_by_quant_checkpoint(
+    world: list[str], tmp_path: Path, door: Door
+) -> None:
+    code, told, _ = door(*world, f"out={tmp_path / 'out'}")
+    assert code == 0
+    assert "perplexity" in told
+    out = tmp_path / "out"
+    check_transformer(out)
+    assert stored_in(out, AsStored(), AsStored()).label == "w4a16-g32+gptq"
+    assert (out / "tokenizer.json").is_file()
+    assert not (out / UNFINISHED).exists()
+    report = json.loads((out / "quality.json").read_text(encoding="utf-8"))
+    assert len(report["layers"]) == 4 * 5
+    assert all(0 < row["output_error"] < 0.1 for row in report["layers"])
+    assert report["kl_nats_per_token"] > 0
+
+
+def test_the_checkpoint_tells_what_it_was_calibrated_on(
+    world: list[str], tmp_path: Path, door: Door
+) -> None:
+    door(*world, "seed=3", "calibration.samples=5", f"out={tmp_path / 'out'}")
+    told = read_config(tmp_path / "out")["quantization_config"]["calibration"]
+    file = tmp_path / "calibration.jsonl"
+    assert told == {
+        "file": file.name,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "samples": 5,
+        "tokens": 200,
+        "seed": 3,
+    }
+
+
+def test_a_stopped_command_goes_on_and_ends_in_the_same_checkpoint(
+    world: list[str], tmp_path: Path, door: Door
+) -> None:
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert door(*world, f"out={whole}")[0] == 0
+    assert door(*world, f"out={again}")[0] == 0
+    kept = sorted(again.glob("model-*"))[:2]
+    times = {path.name: path.stat().st_mtime_ns for path in kept}
+    plan = {"identity": _identity(world, tmp_path, door)}
+    for path in again.iterdir():
+        if path not in kept:
+            path.unlink()
+    (again / UNFINISHED).write_text(json.dumps(plan), encoding="utf-8")
+    assert door(*world, f"out={again}")[0] == 0
+    assert contents(again).keys() == contents(whole).keys()
+    for path in whole.iterdir():
+        if path.suffix == ".safetensors":
+            found, expected = load_file(again / path.name), load_file(path)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in found)
+        else:
+            assert (again / path.name).read_bytes() == path.read_bytes()
+    assert {path.name: path.stat().st_mtime_ns for path in kept} == times
+
+
+def _identity(world: list[str], tmp_path: Path, door: Door) -> str:
+    """What a command that is stopped at once leaves as the identity of its work."""
+    out = tmp_path / "stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.shards.Shards.write", _stop)
+        with pytest.raises(_StoppedError):
+            door(*world, f"out={out}")
+    found: str = json.loads((out / UNFINISHED).read_text(encoding="utf-8"))["identity"]
+    return found
+
+
+class _StoppedError(Exception):
+    pass
+
+
+def _stop(*_: object) -> None:
+    raise _StoppedError
+
+
+def test_shards_of_other_settings_are_not_mixed_in(
+    world: list[str], tmp_path: Path, door: Door
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / UNFINISHED).write_text('{"identity": "other"}', encoding="utf-8")
+    code, _, told = door(*world, f"out={out}")
+    assert (code, told) == (2, f"error: {out} holds shards of other settings: give another out\n")
+
+
+def test_a_full_folder_is_left_alone(world: list[str], tmp_path: Path, door: Door) -> None:
+    target = folder_of(world)
+    before = contents(target)
+    code, _, told = door(*world, f"out={target}")
+    assert (code, told) == (
+        2,
+        f"error: out must be a new, empty or unfinished folder, got {target}\n",
+    )
+    assert contents(target) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["quant=dense"], "scheme must be one of FP8, W4A16, "),
+        (["model.calibration=null"], "model.calibration must be a file for w4a16-g32, got None"),
+        (["quant.group_size=48"], "K must be a multiple of group_size=48, got K=128"),
+        (["part=middle"], "part must be one of target, small, got 'middle'"),
+        (["calibration.samples=0"], "calibration: samples must be 1 or more, got 0"),
+        (["quantizer.rounding.damping=0"], "damping must be positive"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_written(
+    world: list[str], tmp_path: Path, door: Door, changes: list[str], message: str
+) -> None:
+    kept = [o for o in world if not (changes[0] == "quant=dense" and o.startswith("quant"))]
+    code, _, told = door(*kept, *changes, f"out={tmp_path / 'out'}")
+    assert code == 2
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert message in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_already_quantised_model_is_refused(
+    world: list[str], tmp_path: Path, door: Door
+) -> None:
+    assert door(*world, f"out={tmp_path / 'once'}")[0] == 0
+    again = [o for o in world if not o.startswith("model.target=")]
+    code, _, told = door(*again, f"model.target={tmp_path / 'once'}", f"out={tmp_path / 'twice'}")
+    assert code == 2
+    assert "layers must be dense to be quantised" in told
+
+
+def test_a_quantised_lm_head_unties_the_ends(world: list[str], tmp_path: Path, door: Door) -> None:
+    out = tmp_path / "out"
+    code, _, _ = door(*world, "part=small", "quant.lm_head=w8a8", f"out={out}")
+    assert code == 0
+    assert read_config(folder_of(world, "model.small.target"))["tie_word_embeddings"] is True
+    assert read_config(out)["tie_word_embeddings"] is False
+    model = load_transformer(
+        out, scheme=AsStored(), lm_head=AsStored(), dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert type(model.lm_head).__name__ == "W8A8Linear"
+
+
+def test_a_rotated_model_keeps_its_rotation_for_draft_heads(
+    world: list[str], tmp_path: Path, door: Door
+) -> None:
+    out = tmp_path / "out"
+    assert door(*world, "quantizer=gptq_rotated", f"out={out}")[0] == 0
+    assert stored_in(out, AsStored(), AsStored()).label == "w4a16-g32+rotated+gptq"
+    adapter = load_file(out / "rotation.safetensors")
+    plain = load_file(folder_of(world) / "model.safetensors")
+    assert torch.equal(adapter["norm"], plain["model.norm.weight"])
+    turned = load_file(out / json.loads((out / INDEX).read_text())["weight_map"]["lm_head.weight"])
+    restored = turned["model.embed_tokens.weight"] @ adapter["rotation"].T
+    torch.testing.assert_close(restored, plain["model.embed_tokens.weight"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantizer", ["gptq", "gptq_rotated"])
+def test_speculation_over_what_was_written_is_lossless(
+    world: list[str],
+    tmp_path: Path,
+    door: Door,
+    monkeypatch: pytest.MonkeyPatch,
+    quantizer: str,
+) -> None:
+    out = tmp_path / "out"
+    assert door(*world, f"quantizer={quantizer}", "quality=null", f"out={out}")[0] == 0
+    models = [o for o in world if o.startswith("model.") and not o.startswith("model.target=")]
+    line = [
+        *models,
+        f"model.target={out}",
+        "quant=checkpoint",
+        "method=eagle2",
+        f"task.path={tmp_path / 'prompts.jsonl'}",
+        f"task.max_new_tokens={LIMIT}",
+        f"results_dir={tmp_path / 'results'}",
+        "acceptance_floor=0",
+        "dtype=float64",
+    ]
+    monkeypatch.setattr("sys.argv", ["specquant run", *line])
+    assert run.main() == 0
+    cells = {p.name.split(".")[-0] or p.name: p for p in (tmp_path / "results").glob("*/lab.*")}
+    found = {
+        p.name: [g.token_ids for g in generations(p)]
+        for p in (tmp_path / "results" / "default").glob("lab.*")
+    }
+    assert len(found) == 2, cells
+    one, other = found.values()
+    assert one == other
+    label = "w4a16-g32+gptq" if quantizer == "gptq" else "w4a16-g32+rotated+gptq"
+    assert all(name.startswith(f"lab.{label}.") for name in found)
+
+
+def test_dense_weights_beside_the_layers_are_kept_as_they_are(
+    world: list[str], tmp_path: Path, door: Door
+) -> None:
+    out = tmp_path / "out"
+    door(*world, "quality=null", f"out={out}")
+    plain = load_file(folder_of(world) / "model.safetensors")
+    index = json.loads((out / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    for name, tensor in plain.items():
+        if not name.endswith("_proj.weight"):
+            assert torch.equal(load_file(out / index[name])[name], tensor)
