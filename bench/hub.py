@@ -22,8 +22,12 @@ HUB_ID = re.compile(
     r"(?!.*(?:--|\.\.))(?P<repo>\w[\w.-]*/[\w.-]*\w)(?:@(?P<revision>\w[\w./-]*))?", re.ASCII
 )
 DEFAULT_REVISION = "main"
-FILES = (*CHECKPOINT_FILES, "generation_config.json", "quant*config.json", "added_tokens.json")
 PICKLES = ("*.bin", "*.bin.index.json")
+FILES = (
+    *(pattern for pattern in CHECKPOINT_FILES if pattern not in PICKLES),
+    "generation_config.json",
+    "added_tokens.json",
+)
 # Folders of a repository hold other formats (original/, onnx/); `consolidated` weights stand twice.
 IGNORED = ("*/*", "*.py", "consolidated*")
 SAFE = ".safetensors"

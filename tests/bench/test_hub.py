@@ -100,6 +100,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, standing: Hub) -> Ran:
         "-m",
         "bench.run",
         f"task.max_new_tokens={LIMIT}",
+        "acceptance_floor=0",
         "method=eagle2",
         "model.target=lab/target",
         "model.heads.eagle2=lab/target-eagle2@main",
