@@ -86,7 +86,8 @@ class GPTQModel(Quantizer):
             "folder": str(job.folder),
             "out": str(scratch / "out"),
             "texts": [list(text) for text in job.texts],
-            "dtype": str(job.dtype).removeprefix("torch."),
+            # Its AWQ takes no wider one; what stays dense is written in it.
+            "dtype": "bfloat16" if job.dtype == torch.bfloat16 else "float16",
             "settings": asdict(self) | {"bits": BITS[own["name"]]} | _shared(own),
         }
         write_json(scratch / "order.json", order)
