@@ -112,15 +112,15 @@ def open_head(folder: Path, kind: str, target: Shape) -> HeadFiles:
     for key in REFUSED[kind]:
         if config.get(key):
             raise ValueError(f"{folder}: {key} must be false, nothing here computes it")
-    # EAGLE's code gives its layer biases only where this key asks for them, whatever the family.
-    shape = read_shape({"qkv_bias": False} | config)
+    weights = Weights(folder, renamed=renamed)
+    # EAGLE's code asks this key, not the family; files without it have biases or have none.
+    biased = any(name.endswith("q_proj.bias") for name in weights)
+    shape = read_shape({"qkv_bias": biased} | config)
     if shape.vocab_size != target.vocab_size:
         raise ValueError(
             f"{folder}: vocab_size must be the target's {target.vocab_size}, got {shape.vocab_size}"
         )
-    return HeadFiles(
-        folder=folder, config=config, shape=shape, weights=Weights(folder, renamed=renamed)
-    )
+    return HeadFiles(folder=folder, config=config, shape=shape, weights=weights)
 
 
 def _from_speculators(config: Mapping[str, Any], kind: str, folder: Path) -> dict[str, Any]:
