@@ -232,8 +232,9 @@ def _told(report: Mapping[str, Any]) -> str:
     """The report in lines."""
     lines = [f"{'layer':<24}{'weight error':>14}{'output error':>14}"]
     for row in report["layers"]:
-        output = "" if row["output_error"] is None else f"{row['output_error']:.3e}"
-        lines.append(f"{row['layer']:<24}{row['weight_error']:>14.3e}{output:>14}")
+        errors = (row[key] for key in ("weight_error", "output_error"))
+        shown = "".join(f"{'' if e is None else f'{e:.3e}':>14}" for e in errors)
+        lines.append(f"{row['layer']:<24}{shown}")
     if "perplexity" in report:
         lines.append(
             f"perplexity {report['perplexity']:.4f}, dense {report['dense_perplexity']:.4f} "

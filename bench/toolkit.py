@@ -1,7 +1,7 @@
 """GPTQModel as a quantiser: the maintained toolkit behind the GPTQ and the AWQ format.
 
 It works in a process of its own, which changes nothing in ours: this module is also that process.
-What it writes is read back like any checkpoint, and every layer is held against the dense one. It
+What it writes is read back like any checkpoint, and every block is held against the dense one. It
 does not go on where it was stopped; our own quantisers do (`bench.quantizer.Own`).
 """
 
@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.build import ROOT
 from bench.quantizer import Job, Quantizer
 from bench.record import read_json, write_json
 from methods.checkpoint import check_transformer, load_transformer, stored_in
+from methods.transformer import Transformer
 from methods.weights import read_config
 from quant.formats import native_config
 
@@ -120,22 +122,36 @@ def _note(folder: Path, notes: Mapping[str, Any]) -> None:
 
 
 def _compared(job: Job) -> list[dict[str, Any]]:
-    """How far every layer of the folder is from the dense one."""
+    """How far the stream behind every block is from the dense model's, on the calibration texts.
+
+    Weights would not do: AWQ scales them against the norms before.
+    """
     stored_in(job.out, job.stored, job.stored)
     new, dense = (
-        load_transformer(
-            folder, scheme=scheme, lm_head=scheme, dtype=torch.float32, device=torch.device("cpu")
-        ).linears
+        load_transformer(folder, scheme=scheme, lm_head=scheme, dtype=job.dtype, device=job.device)
         for folder, scheme in ((job.out, job.stored), (job.folder, job.dense))
     )
-    rows = []
-    for name, layer in dense.items():
-        weight = layer.dequantize()
-        error = weight - new[name].dequantize()
-        share = float(error.square().sum() / weight.square().sum())
-        place = name.removeprefix("blocks.")
-        rows.append({"layer": place, "weight_error": share, "output_error": None})
-    return [row for row in rows if row["layer"] != "lm_head"]
+    blocks = dense.shape.num_layers
+    apart, size = (torch.zeros(blocks, dtype=torch.float64) for _ in range(2))
+    for text in job.texts:
+        before, after = _streams(dense, text), _streams(new, text)
+        apart += (after - before).square().sum(dim=(0, 2)).cpu()
+        size += before.square().sum(dim=(0, 2)).cpu()
+    shares = (apart / size).tolist()
+    return [
+        {"layer": f"{number}", "weight_error": None, "output_error": share}
+        for number, share in enumerate(shares)
+    ]
+
+
+def _streams(model: Transformer, text: list[int]) -> Tensor:
+    """Residual streams behind all blocks, the last one's after the norm. [n, blocks, D] float64."""
+    n, blocks = len(text), model.shape.num_layers
+    tokens = torch.tensor([text], device=model.device)
+    positions = torch.arange(n, device=model.device)
+    read = model(tokens, positions, model.cache(n), taps=tuple(range(1, blocks + 1)))
+    features: Tensor = read.features[0]
+    return features.double().view(n, blocks, -1)
 
 
 def main() -> None:
