@@ -160,6 +160,7 @@ def _judge(order: dict[str, Any], verdict: int, sandbox: str) -> NoReturn:
         null = os.open("/dev/null", os.O_RDWR)
         for standard in (1, 2):
             os.dup2(null, standard)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which the first process then never gets
         asking, answering = socket.socketpair()
         if not os.fork():
             os.dup2(null, 0)  # the tests come from there

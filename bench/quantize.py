@@ -27,6 +27,7 @@ from bench.load import load_tokenizer
 from bench.machine import check_machine
 from bench.quantizer import Job, Quantizer
 from bench.record import write_json
+from bench.shards import close
 from bench.source import read_file
 from bench.text import Evaluation, Text, encode, windows
 from methods.checkpoint import check_transformer, load_transformer
@@ -120,6 +121,7 @@ def _work(jobs: Jobs) -> int:
         if planned.evaluation is not None:
             report |= beside_dense(planned.job, planned.evaluation, planned.text)
         write_json(planned.job.out / REPORT, report)
+        close(planned.job.out)
         sys.stdout.write(f"{_told(report)}\n{planned.job.out}\n")
     return OK
 

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.shards import Shards
+from bench.shards import Shards, write_tensors
 from methods.architecture import EMBEDDING, stored_tensors
-from methods.checkpoint import Packer, check_transformer
+from methods.checkpoint import Packer, check_transformer, require_dense
 from methods.quantize import BlockQuantizer, Rounded, published
 from methods.rotated import FINAL_NORM, OUTPUT, Rotated
 from methods.transformer import Shape
@@ -77,9 +76,7 @@ class Own(Quantizer):
 
     def check(self, job: Job) -> None:
         """The scheme must be one that is stored, and fit every layer."""
-        shape = check_transformer(job.folder)
-        if "quantization_config" in read_config(job.folder):
-            raise ValueError(f"{job.folder}: layers must be dense to be quantised")
+        shape = require_dense(job.folder)
         stored_tensors(shape, self._quantization(job))
 
     def needs_text(self, job: Job) -> bool:
@@ -112,12 +109,11 @@ class Own(Quantizer):
                 shards.write(number, *_gathered(work.block(number), number, weights, shape))
         if not shards.has(shape.num_layers):
             shards.write(shape.num_layers, *self._ends(job, work, dense, shape))
-        notes = shards.notes()
-        shards.finish(config=self._config(job, shape), source=job.folder)
         if isinstance(weights, Rotated):
             adapter = {"rotation": weights.stream.matrix.float(), "norm": weights.norm().float()}
-            save_file(adapter, job.out / ROTATION)
-        return notes
+            write_tensors(job.out / ROTATION, adapter, {"format": "pt"})
+        shards.finish(config=self._config(job, shape), source=job.folder)
+        return shards.notes()
 
     def _ends(
         self, job: Job, work: BlockQuantizer, dense: Packer, shape: Shape

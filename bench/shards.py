@@ -5,12 +5,13 @@ folder is loadable when it is whole and not before.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -45,17 +46,19 @@ class Shards:
         return self.out / f"model-{number + 1:05d}-of-{self.count:05d}.safetensors"
 
     def has(self, number: int) -> bool:
-        """Whether a shard is written, whole."""
-        return self.path(number).is_file()
+        """Whether a shard is written, whole; one that a power cut tore is not."""
+        try:
+            with safe_open(self.path(number), framework="pt") as file:
+                return NOTES in (file.metadata() or {})
+        except (SafetensorError, OSError):
+            return False
 
     def write(
         self, number: int, tensors: Mapping[str, Tensor], notes: list[dict[str, Any]]
     ) -> None:
         """Write a shard. notes: what is to be known of its layers, as JSON."""
         whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        scratch = self.path(number).with_suffix(".part")
-        save_file(whole, scratch, metadata={"format": "pt", NOTES: json.dumps(notes)})
-        scratch.replace(self.path(number))
+        write_tensors(self.path(number), whole, {"format": "pt", NOTES: json.dumps(notes)})
 
     def read(self, number: int) -> dict[str, Tensor]:
         """Read a shard back."""
@@ -71,7 +74,10 @@ class Shards:
         return found
 
     def finish(self, *, config: Mapping[str, Any], source: Path) -> None:
-        """Write index and config.json, and copy the tokenizer of the folder quantised."""
+        """Write index and config.json, and copy the tokenizer of the folder quantised.
+
+        `close` then ends the work: until it does, the same command goes on.
+        """
         weight_map = {}
         size = 0
         for number in range(self.count):
@@ -81,8 +87,21 @@ class Shards:
         copied = [p for pattern in CHECKPOINT_FILES for p in source.glob(pattern)]
         copied += source.glob("generation_config.json")
         for path in copied:
-            if ".safetensors" not in path.name and path.suffix != ".bin":
+            if path.is_file() and ".safetensors" not in path.name and ".bin" not in path.suffixes:
                 shutil.copyfile(path, self.out / path.name)
         write_json(self.out / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
         write_json(self.out / "config.json", dict(config))
-        (self.out / UNFINISHED).unlink()
+
+
+def close(out: Path) -> None:
+    """Say that nothing is left to do in a folder."""
+    (out / UNFINISHED).unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically."""
+    scratch = path.with_suffix(".part")
+    save_file(dict(tensors), scratch, metadata=metadata)
+    with scratch.open("rb") as file:
+        os.fsync(file.fileno())
+    scratch.replace(path)

@@ -2,18 +2,19 @@
 
 It works in a process of its own, which changes nothing in ours: this module is also that process.
 What it writes is read back like any checkpoint, and every block is held against the dense one. It
-does not go on where it was stopped; our own quantisers do (`bench.quantizer.Own`).
+begins anew where it was stopped; our own quantisers go on (`bench.quantizer.Own`).
+A scheme's `range_search` is ours alone: the package chooses ranges in its own way.
 """
 
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from torch import Tensor
 from bench.build import ROOT
 from bench.quantizer import Job, Quantizer
 from bench.record import read_json, write_json
-from methods.checkpoint import check_transformer, load_transformer, stored_in
+from bench.shards import UNFINISHED
+from methods.checkpoint import load_transformer, require_dense, stored_in
 from methods.transformer import Transformer
-from methods.weights import read_config
 from quant.formats import native_config
 
 METHODS = ("gptq", "awq")
@@ -35,7 +36,6 @@ ENVIRONMENT = {
     "GPTQMODEL_DISABLE_PACK_EXT": "1",
     "TORCHDYNAMO_DISABLE": "1",
 }
-SCRATCH = ".toolkit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,7 @@ class GPTQModel(Quantizer):
 
     def check(self, job: Job) -> None:
         """The package must be there, and the scheme one that it writes."""
-        check_transformer(job.folder)
-        if "quantization_config" in read_config(job.folder):
-            raise ValueError(f"{job.folder}: layers must be dense to be quantised")
+        require_dense(job.folder)
         if importlib.util.find_spec("gptqmodel") is None:
             raise ValueError(
                 "quantizing with GPTQModel needs the extra `quantize` "
@@ -71,7 +69,7 @@ class GPTQModel(Quantizer):
             )
         if job.lm_head is not None:
             raise ValueError("quant.lm_head must be checkpoint with a toolkit, got another scheme")
-        if job.out.exists() and (not job.out.is_dir() or any(job.out.iterdir())):
+        if not _is_written(job) and not _is_free(job.out):
             raise ValueError(f"out must be a new or empty folder, got {job.out}")
 
     def needs_text(self, job: Job) -> bool:
@@ -80,10 +78,14 @@ class GPTQModel(Quantizer):
 
     def quantize(self, job: Job) -> list[dict[str, Any]]:
         """Let the package write the folder, read it back, and compare every layer."""
+        if not _is_written(job):
+            with TemporaryDirectory(prefix=f".{job.out.name}.", dir=_parent(job.out)) as scratch:
+                self._write(job, Path(scratch))
+        return _compared(job)
+
+    def _write(self, job: Job, scratch: Path) -> None:
+        """Let the package write below a folder, and move what it wrote into place."""
         own = native_config(scheme=job.scheme, lm_head=None, rounding=self.method)["scheme"]
-        scratch = job.out.with_name(f"{job.out.name}{SCRATCH}")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
         order = {
             "folder": str(job.folder),
             "out": str(scratch / "out"),
@@ -93,21 +95,38 @@ class GPTQModel(Quantizer):
             "settings": asdict(self) | {"bits": BITS[own["name"]]} | _shared(own),
         }
         write_json(scratch / "order.json", order)
-        line = [sys.executable, "-m", "bench.toolkit", str(scratch / "order.json")]
-        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-        with (scratch / "log.txt").open("w", encoding="utf-8") as log:
-            ended = subprocess.run(
-                line, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
-            )
+        ended = subprocess.run(
+            [sys.executable, "-m", "bench.toolkit", str(scratch / "order.json")],
+            cwd=scratch,  # it leaves logs where it stands
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
         if ended.returncode:
-            raise ValueError(f"GPTQModel must end well, its last words are in {log.name}")
+            last = (ended.stdout.strip() or "nothing").splitlines()[-1]
+            raise ValueError(f"GPTQModel must end well, its last words were: {last}")
         _note(scratch / "out", job.notes)
-        job.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(scratch / "out" / UNFINISHED, {"identity": job.identity})
         if job.out.exists():
             job.out.rmdir()
         (scratch / "out").rename(job.out)
-        shutil.rmtree(scratch)
-        return _compared(job)
+
+
+def _is_written(job: Job) -> bool:
+    """Whether the same command has written the folder and was stopped after that."""
+    state = job.out / UNFINISHED
+    return state.is_file() and read_json(state) == {"identity": job.identity}
+
+
+def _is_free(out: Path) -> bool:
+    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
+
+
+def _parent(out: Path) -> Path:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out.parent
 
 
 def _shared(scheme: Mapping[str, Any]) -> dict[str, Any]:

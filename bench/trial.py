@@ -10,6 +10,7 @@ import math
 import os
 import random
 import resource
+import signal
 import socket
 import struct
 from collections.abc import Callable, Set
@@ -70,6 +71,8 @@ def hold(
         outcome, detail = end.outcome, str(end)
     except Exception as error:  # noqa: BLE001  whatever a test raises is its verdict
         outcome, detail = "failed", f"{type(error).__name__}: {error}".rstrip(": ")
+    # The program may signal us: nothing may break off what follows, or two verdicts are written.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     tell(verdict, outcome, detail, sandbox=sandbox)
 
 

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from methods.rope import Rope, read_rope
 from methods.transformer import Shape
-from quant.formats import Quantization, Spec
+from quant.formats import FLOATS, Quantization, Spec
 
 EMBEDDING = "model.embed_tokens.weight"
 # Projections of the same input, which are read as one layer: some files hold them so.
@@ -21,6 +23,7 @@ NEEDED = {
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 
+DENSE = (*FLOATS, torch.float64)
 Tensors = dict[str, tuple[int, ...] | Spec]
 
 
@@ -121,7 +124,7 @@ def stored_tensors(shape: Shape, quantization: Quantization | None) -> tuple[Ten
         if quantization is not None and len(size) == 2 and name != EMBEDDING:
             layout = quantization.layout(module)
         if layout is None:
-            required[name] = size
+            required[name] = Spec(dtypes=DENSE, shape=size)
             continue
         try:
             required |= {f"{module}.{k}": v for k, v in layout.specs(*size).items()}

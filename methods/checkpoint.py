@@ -45,10 +45,12 @@ def stored_in(folder: Path, scheme: Scheme, lm_head: Scheme) -> Stored:
 
     Raises ValueError where layers are quantised already and another scheme is asked for.
     """
-    quantization = _quantization(read_config(folder), Weights(folder))
+    config = read_config(folder)
+    quantization = _quantization(config, Weights(folder))
     if quantization is None:
         return Stored(scheme=scheme, label=scheme.label, lm_head=lm_head.label)
-    output = quantization.layout("lm_head")
+    tied = config.get("tie_word_embeddings")  # the output is then the embedding, always dense
+    output = None if tied else quantization.layout("lm_head")
     for asked, is_stored in ((scheme, True), (lm_head, output is not None)):
         if is_stored and not asked.as_stored:
             raise ValueError(
@@ -60,6 +62,14 @@ def stored_in(folder: Path, scheme: Scheme, lm_head: Scheme) -> Stored:
         label=quantization.label,
         lm_head=lm_head.label if output is None else output.scheme.label,
     )
+
+
+def require_dense(folder: Path) -> Shape:
+    """Check a folder whose layers are not quantised, by any sign; give its sizes."""
+    shape = check_transformer(folder)
+    if (found := _quantization(read_config(folder), Weights(folder))) is not None:
+        raise ValueError(f"{folder}: layers must be dense to be quantised, got {found.label}")
+    return shape
 
 
 class Packer:
@@ -96,7 +106,10 @@ class Packer:
 
     def tensor(self, name: str) -> Tensor:
         """A weight that no scheme touches: an embedding or a norm."""
-        return self.weights[name].to(device=self.device, dtype=self.dtype)
+        tensor = self.weights[name].to(device=self.device, dtype=self.dtype)
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} must be finite in {self.dtype}, got infinities or NaNs")
+        return tensor
 
     def norm(self, name: str, eps: float) -> RMSNorm:
         """A norm by the name of its weight."""
@@ -171,15 +184,25 @@ class Packer:
             down=self.linear(f"{label}.down", f"{place}down_proj"),
         )
 
-    def block(self, layer: int, shape: Shape) -> Block:
+    def block(self, number: int, shape: Shape) -> Block:
         """One decoder layer, by its number."""
-        prefix, label = f"model.layers.{layer}.", f"blocks.{layer}"
-        return Block(
+        prefix, label = f"model.layers.{number}.", f"blocks.{number}"
+        block = Block(
             input_norm=self.norm(f"{prefix}input_layernorm.weight", shape.norm_eps),
             attention=self.attention(f"{label}.attention", prefix, shape),
             mlp_norm=self.norm(f"{prefix}post_attention_layernorm.weight", shape.norm_eps),
             mlp=self.mlp(f"{label}.mlp", prefix),
         )
+        attention, mlp = block.attention, block.mlp
+        for layer, k in (  # a quantised layer tells its own number of inputs
+            (attention.qkv, shape.hidden_size),
+            (attention.out, shape.num_heads * shape.head_dim),
+            (mlp.gate_up, shape.hidden_size),
+            (mlp.down, shape.intermediate_size),
+        ):
+            if layer.in_features != k:
+                raise ValueError(f"{prefix}* must have layers of K={k}, got {layer.in_features}")
+        return block
 
     def _parts(self, place: str, fused: str) -> list[str]:
         if self.quantization is not None and self.quantization.fused:

@@ -241,6 +241,9 @@ def _taps(files: HeadFiles, target: Shape) -> tuple[int, ...]:
     """
     layers, config = target.num_layers, files.config
     nested = (config.get("eagle_config") or {}).get(TAPS)
+    for listed in (config.get(TAPS), nested):
+        if listed is not None and not isinstance(listed, list):
+            raise ValueError(f"{files.folder}: {TAPS} must be a list, got {listed!r}")
     if (named := config.get(TAPS)) is not None:
         taps = tuple(named)
     elif nested is not None:

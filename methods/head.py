@@ -65,9 +65,10 @@ class HeadFiles:
             # Heads that inherit a quantised target's config may be dense all the same.
             present = [self.weights.spec(n) for n in shapes.keys() & self.weights.keys()]
             if len(present) < len(shapes) or any(s.dtypes[0] not in FLOATS for s in present):
+                method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
                 raise ValueError(
                     f"{self.folder}: a draft head must be stored dense, got quantization_config "
-                    f"{dict(quantized).get('quant_method')!r}"
+                    f"{method!r}"
                 )
         floats = {name: Spec(dtypes=FLOATS, shape=shape) for name, shape in shapes.items()}
         self.weights.require(floats, optional=optional)
@@ -132,7 +133,7 @@ def _from_speculators(config: Mapping[str, Any], kind: str, folder: Path) -> dic
     if not isinstance(layer, Mapping) or layer.get("model_type", "llama") != "llama":
         got = layer.get("model_type") if isinstance(layer, Mapping) else layer
         raise ValueError(f"{folder}: transformer_layer_config must be a llama's, got {got!r}")
-    if "sliding_attention" in (layer.get("layer_types") or []):
+    if "sliding_attention" in str(layer.get("layer_types")):
         raise ValueError(f"{folder}: layer_types must be full_attention, got sliding_attention")
     own = {key: value for key, value in config.items() if key != "transformer_layer_config"}
     flat = LLAMA_DEFAULTS | dict(layer) | own

@@ -1,6 +1,7 @@
 """One file of weights, its tensors by name: safetensors, or a pickle of plain tensors."""
 
 import pickle
+import struct
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Set
@@ -26,6 +27,21 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+
+
+# What reading a pickle that is cut or made up can raise.
+BROKEN = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    OSError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+    TypeError,
+)
 
 
 class Shard(ABC):
@@ -92,7 +108,7 @@ class PickledShard(Shard):
             # Files from before torch 1.6 are no archives, and cannot be mapped.
             mapped = zipfile.is_zipfile(path)
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+        except BROKEN as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise ValueError(
                 f"{path} must be a whole pickle of nothing but tensors: {reason}"
@@ -100,7 +116,7 @@ class PickledShard(Shard):
         if not isinstance(found, dict):
             raise ValueError(f"{path} must hold tensors by name, got {type(found).__name__}")
         for name, value in found.items():
-            if not isinstance(name, str) or not isinstance(value, Tensor):
+            if not isinstance(name, str) or not _is_plain(value):
                 raise ValueError(
                     f"{path} must hold tensors by name, got {type(value).__name__} for {name!r}"
                 )
@@ -119,3 +135,13 @@ class PickledShard(Shard):
         """Dtype and shape of one."""
         tensor = self._tensors[name]
         return Spec(dtypes=(tensor.dtype,), shape=tuple(tensor.shape))
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor with all its bytes, in rows."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not (value.is_meta or value.is_quantized or value.is_nested)
+        and value.untyped_storage().nbytes() >= value.nbytes
+    )

@@ -121,6 +121,8 @@ def stack(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
     for name in first:
         tensors = [part[name] for part in parts]
         if name not in Scheme.per_input:
+            if any(tensor.shape[1:] != tensors[0].shape[1:] for tensor in tensors):
+                return None
             joined[name] = torch.cat(tensors)
         elif all(torch.equal(tensors[0], tensor) for tensor in tensors):
             joined[name] = tensors[0]
@@ -165,6 +167,8 @@ def stored_tensor(
             f"{name} must be {' or '.join(map(str, dtypes))} of shape [{wanted}], "
             f"got {tensor.dtype} of shape {list(tensor.shape)}"
         )
+    if tensor.dtype in SCALE_DTYPES and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} must be finite, got infinities or NaNs")
     tensor = tensor.contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 

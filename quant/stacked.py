@@ -13,11 +13,12 @@ class StackedLinear(QuantLinear):
     """Outputs of the parts, one after the other: parts of unlike formats or input orders."""
 
     def __init__(self, parts: Sequence[QuantLinear]) -> None:
+        if len(widths := {part.in_features for part in parts}) > 1:
+            raise ValueError(f"layers of the same inputs must have one K, got {sorted(widths)}")
         super().__init__(
             in_features=parts[0].in_features,
             out_features=sum(part.out_features for part in parts),
         )
-        assert all(part.in_features == self.in_features for part in parts)
         self.parts = nn.ModuleList(parts)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ refused by name; nothing is approximated.
 Letters: K in-features, N out-features.
 """
 
+import re
 from collections.abc import Mapping, Set
 from typing import Any
 
@@ -48,11 +49,16 @@ def read_quantization(config: Mapping[str, Any], names: Set[str]) -> Quantizatio
     if not isinstance(values, Mapping):
         raise ValueError(f"quantization_config must be an object, got {values!r}")
     method = values.get("quant_method")
-    if method == "gptq" and is_converted(config, names):
-        return read_converted(values, names)
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         raise ValueError(
             f"quantization_config: quant_method must be one of {', '.join(sorted(READERS))}, "
             f"got {method!r}"
         )
-    return READERS[method](values, names)
+    converted = method == "gptq" and is_converted(config, names)
+    read = read_converted if converted else READERS[method]
+    try:
+        return read(values, names)
+    except (TypeError, AttributeError, KeyError, re.error) as error:  # of a value's type or form
+        raise ValueError(
+            f"quantization_config must be as {method} writes it, got what it never does: {error!r}"
+        ) from error

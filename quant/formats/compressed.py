@@ -161,8 +161,19 @@ def _packed(place: str, weights: Mapping[str, Any]) -> PackedLayout:
         group_size=group_size,
         symmetric=symmetric,
         per_tensor=strategy == "tensor",
-        ordered=weights.get("actorder") in ("group", "dynamic", True),
+        ordered=_is_ordered(place, weights.get("actorder")),
     )
+
+
+def _is_ordered(place: str, order: object) -> bool:
+    """Whether groups are not of neighbours; older files say so by true and false."""
+    known: dict[object, bool] = {"group": True, "dynamic": True, "weight": False, "static": False}
+    if order is None or isinstance(order, bool):
+        return bool(order)
+    if not isinstance(order, str) or order not in known:
+        named = ", ".join(map(str, known))
+        raise ValueError(f"{place}: actorder must be one of {named}, got {order!r}")
+    return known[order]
 
 
 def _bytes(
@@ -188,7 +199,8 @@ def _require_matching(
 
 
 def _require(place: str, values: Mapping[str, Any], key: str, wanted: Sequence[object]) -> None:
-    if values.get(key) not in wanted:
+    given = values.get(key)
+    if not any(type(given) is type(value) and given == value for value in wanted):
         listed = " or ".join(str(value) for value in wanted)
         raise ValueError(f"{place}: {key} must be {listed}, got {values.get(key)!r}")
 
@@ -196,6 +208,9 @@ def _require(place: str, values: Mapping[str, Any], key: str, wanted: Sequence[o
 def _strings(place: str, values: object) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"{place} must be a list of names, got {values!r}")
+    for value in values:
+        if value.startswith("re:"):
+            re.compile(value.removeprefix("re:"))
     return tuple(values)
 
 

@@ -11,7 +11,7 @@ Other keys, such as the calibration's, are for people.
 
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -126,12 +126,17 @@ def read_native(values: Mapping[str, Any], names: Set[str]) -> Quantization:
 
 def _scheme(values: object, key: str) -> Scheme:
     place = f"quantization_config.{key}"
-    if not isinstance(values, Mapping) or values.get("name") not in SCHEMES:
-        got = values.get("name") if isinstance(values, Mapping) else values
+    got = values.get("name") if isinstance(values, Mapping) else values
+    if not isinstance(values, Mapping) or not isinstance(got, str) or got not in SCHEMES:
         raise ValueError(f"{place}.name must be one of {', '.join(SCHEMES)}, got {got!r}")
     settings = {str(key): value for key, value in values.items() if key != "name"}
+    hints = get_type_hints(SCHEMES[got])
+    for name, value in settings.items():
+        kinds = get_args(hints.get(name)) or (hints.get(name),)
+        if name in hints and type(value) not in kinds:  # bool is no int, and 1 no float
+            raise ValueError(f"{place}.{name} must be {hints[name]}, got {value!r}")
     try:
-        return SCHEMES[values["name"]](**settings)
+        return SCHEMES[got](**settings)
     except TypeError as error:
         raise ValueError(f"{place}: {error}") from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bench import quantize, run
 from bench.shards import UNFINISHED
@@ -136,6 +136,50 @@ class _StoppedError(Exception):
 
 def _stop(*_: object) -> None:
     raise _StoppedError
+
+
+def test_a_torn_shard_is_written_again(world: list[str], tmp_path: Path, door: Door) -> None:
+    out = tmp_path / "out"
+    assert door(*world, f"out={out}")[0] == 0
+    shard = out / "model-00002-of-00006.safetensors"
+    whole = {name: tensor.clone() for name, tensor in load_file(shard).items()}
+    shard.write_bytes(shard.read_bytes()[:100])
+    plan = {"identity": _identity(world, tmp_path, door)}
+    (out / UNFINISHED).write_text(json.dumps(plan), encoding="utf-8")
+    assert door(*world, f"out={out}")[0] == 0
+    again = load_file(shard)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("where", ["bench.quantize.beside_dense", "bench.quantizer.write_tensors"])
+def test_whatever_comes_last_a_stopped_command_goes_on(
+    world: list[str], tmp_path: Path, door: Door, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    line = (*world, "quantizer=gptq_rotated", f"out={tmp_path / 'out'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(where, _stop)
+        with pytest.raises(_StoppedError):
+            door(*line)
+    assert door(*line)[0] == 0
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"rotation.safetensors", "quality.json", "config.json"} <= left
+    assert UNFINISHED not in left
+
+
+def test_codes_without_a_word_in_config_json_are_no_dense_weights(
+    world: list[str], tmp_path: Path, door: Door
+) -> None:
+    target = folder_of(world)
+    tensors = load_file(target / "model.safetensors")
+    for name in list(tensors):
+        if name.endswith("_proj.weight"):
+            scale = tensors[name].abs().amax(1) / 127
+            tensors[name.replace("weight", "dequant_scale")] = scale.half()
+            tensors[name] = (tensors[name] / scale[:, None]).round().to(torch.int8)
+    save_file(tensors, target / "model.safetensors")
+    code, _, told = door(*world, f"out={tmp_path / 'out'}")
+    assert code == 2
+    assert "layers must be dense to be quantised, got w8a8" in told
 
 
 def test_shards_of_other_settings_are_not_mixed_in(
@@ -285,7 +329,7 @@ def test_gptqmodel_writes_a_folder_that_reads_as_asked(
     assert len(errors) == 5
     assert 0 < errors[0] < 0.1
     assert errors == sorted(errors)
-    assert not (tmp_path / "out.toolkit").exists()
+    assert not list(tmp_path.glob(".out.*"))
 
 
 @pytest.mark.parametrize(
