@@ -42,7 +42,7 @@ def divergence(
         context = prompt + tokens[:index]
         logits = next_logits(target, context)
         position = torch.tensor([len(context)], device=target.device)
-        scores = rule.scores(logits[None], position, seed=seed)[0]
+        scores = rule.scores(logits[None], position, seed=torch.tensor([seed]))[0]
         gap = float((scores[token] - scores[other]).abs())
     return {"index": index, "token": token, "vanilla_token": other, "gap_nats": gap}
 

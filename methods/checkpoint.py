@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from methods.architecture import EMBEDDING, FUSED, GATE_UP, QKV, read_shape, stored_tensors
-from methods.transformer import MLP, Attention, Block, HeadNorm, RMSNorm, Shape, Transformer
+from methods.norm import HeadNorm, RMSNorm
+from methods.transformer import MLP, Attention, Block, Shape, Transformer
 from methods.weights import Weights, read_config
 from quant.formats import Layout, Quantization, read_quantization
 from quant.scheme import QuantLinear, Scheme, stack
@@ -158,7 +159,6 @@ class Packer:
         place = f"{prefix}self_attn."
         parts, out = self._parts(place, QKV), f"{place}o_proj"
         return Attention(
-            shape,
             qkv=self.linear(f"{label}.qkv", *parts, biased=shape.qkv_bias),
             out=self.linear(f"{label}.out", out, biased=shape.out_bias),
             qkv_bias=self._bias(*parts) if shape.qkv_bias else None,
@@ -171,7 +171,9 @@ class Packer:
 
     def _head_norm(self, place: str, shape: Shape) -> HeadNorm:
         return HeadNorm(
-            shape,
+            heads=shape.num_heads,
+            groups=shape.num_kv_heads,
+            eps=shape.norm_eps,
             queries=self.tensor(f"{place}q_norm.weight"),
             keys=self.tensor(f"{place}k_norm.weight"),
         )

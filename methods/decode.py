@@ -4,15 +4,19 @@ Letters: P prompt tokens, n nodes of a tree, F features kept for the drafter.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from methods.transformer import Transformer
+from methods.graph import GRAPHS, Captured
+from methods.kernels.commit import commit
+from methods.kernels.tree import ancestry, walk
+from methods.kv import KVCache
+from methods.transformer import Read, Transformer
 from methods.tree import Tree
-from methods.verify import Rule, accept
+from methods.verify import Rule
 
 # Told each stage's name as it ends: prefill, draft_prefill, then draft, verify, commit and stop
 # (the caller's own look at the new tokens) of every step.
@@ -54,8 +58,17 @@ class Drafter(ABC):
 
     @property
     @abstractmethod
+    def widths(self) -> Sequence[int]:
+        """Sizes of the trees that it may propose, root included."""
+
+    @property
     def max_nodes(self) -> int:
         """The largest tree it proposes, root included."""
+        return max(self.widths)
+
+    @abstractmethod
+    def warm_up(self, features: int) -> None:
+        """Call what it captures in every shape (methods.graph). features: F of a state."""
 
     @abstractmethod
     def begin(self, state: State) -> None:
@@ -84,6 +97,25 @@ class Method:
             device=target.device,
         )
         self.cached: list[int] = []
+        self._verify = Captured(self._verified, device=target.device, graphed=rule.graphed)
+        self._commit = Captured(self._committed, device=target.device)
+
+    def warm_up(self, *, unread: int = 0) -> None:
+        """Capture every forward of a step as a graph, where there is a GPU; forget everything.
+
+        unread: decided tokens that may ride along with a tree, as they do after `resume`.
+        """
+        with GRAPHS.warm_up():
+            self.drafter.warm_up(self.features.shape[1])
+            for n in self.drafter.widths:
+                for behind in range(unread + 1):
+                    self.kv.rewind(0)
+                    known = torch.zeros(2 + behind, dtype=torch.int64)
+                    tree = Tree.chain([0] * n)
+                    path, features = self._verify(known, tree.tokens, tree.parents)
+                    self._commit(known, path, features)
+        self.kv.rewind(0)
+        self.cached = []
 
     def prefill(self, tokens: list[int], *, seed: int = 0, mark: Mark = unmarked) -> State:
         """Forget everything and read a prompt, all but its newest token, and the drafter's too."""
@@ -95,7 +127,10 @@ class Method:
             whole = torch.tensor([chunk], device=self.target.device)
             positions = torch.arange(start, start + len(chunk), device=self.target.device)
             read = self.target(whole, positions, self.kv, taps=self.drafter.taps)
-            self._commit(chunk, list(range(len(chunk))), read.features[0])
+            if self.features.shape[1]:
+                self.features[start : start + len(chunk)] = read.features[0]
+            self.kv.advance(len(chunk))
+            self.cached += chunk
         mark("prefill")
         state = self._state(tokens, kept=0, seed=seed)
         self.drafter.begin(state)
@@ -119,44 +154,87 @@ class Method:
         mark("draft")
         start = self.kv.length
         unread = state.tokens[start:-1]
-        whole = tree.after(unread)
-        read = self.target(
-            whole.tokens[None],
-            start + whole.depths,
-            self.kv,
-            whole.mask,
-            taps=self.drafter.taps,
-        )
-        logits = self.target.logits(read.hidden[0, len(unread) :])
-        picked = self.rule.pick(logits, len(state.tokens) + tree.depths, seed=state.seed)
-        accepted = accept(tree, picked)
+        self.kv.reserve(len(unread) + len(tree))
+        known = torch.tensor([start, state.seed, *unread])
+        path, features = self._verify(known, tree.tokens, tree.parents)
         mark("verify")
-        nodes = list(range(len(unread))) + [len(unread) + node for node in accepted.nodes]
-        decided = [*state.tokens[start:], *accepted.tokens[:-1]]
-        self._commit(decided, nodes, read.features[0])
+        self._commit(known, path, features)
         mark("commit")
+        count, *rest = path.tolist()  # sync: the only one of a step
+        tokens = rest[len(tree) :][:count]
+        self.kv.advance(len(unread) + count)
+        self.cached += [*state.tokens[start:], *tokens[:-1]]
         return State(
-            tokens=state.tokens + accepted.tokens,
+            tokens=state.tokens + tokens,
             kept=len(state.tokens),
             features=self.features[: self.kv.length],
             seed=state.seed,
-            accepted=len(accepted.nodes) - 1,
+            accepted=count - 1,
             drafted=len(tree) - 1,
         )
+
+    def _verified(self, known: Tensor, tokens: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
+        """Read u unread tokens and a tree of n nodes below them; decide what stands of the tree.
+
+        known: [2 + u] int64, the decided length, the seed and the unread tokens. Gives the path
+        (`methods.kernels.tree.walk`), [1 + 2n], and the features of all that was read, [u + n, F].
+        """
+        base, seed, unread = known[:1], known[1:2], known[2:]
+        u = len(unread)
+        chain = torch.arange(-1, u - 1, device=known.device)
+        read, depths = read_tree(
+            self.target,
+            self.kv,
+            base,
+            torch.cat([unread, tokens]),
+            torch.cat([chain, parents + u]),
+            taps=self.drafter.taps,
+        )
+        logits = self.target.logits(read.hidden[0, u:])
+        picked = self.rule.pick(logits, base + depths[u:] + 1, seed=seed)
+        return walk(tokens, parents, picked), read.features[0]
+
+    def _committed(self, known: Tensor, path: Tensor, features: Tensor) -> tuple[Tensor, ...]:
+        """Move what stands to where it belongs. Arguments as `_verified` has and gives them."""
+        n, u = len(path) // 2, len(known) - 2
+        count, nodes = path[:1], path[1 : 1 + n]
+        if n > 1:
+            commit(self.kv.data[:, :, 0], known[:1] + u, nodes, count)
+        if self.features.shape[1]:
+            # Rows behind the last that stands are written too, and overwritten by the next step.
+            rows = known[:1] + torch.arange(u + n, device=path.device)
+            taken = torch.cat([torch.arange(u, device=path.device), u + nodes])
+            self.features[rows] = features[taken]
+        return ()
 
     def _state(self, tokens: list[int], *, kept: int, seed: int) -> State:
         return State(tokens=tokens, kept=kept, features=self.features[: self.kv.length], seed=seed)
 
-    def _commit(self, tokens: list[int], nodes: list[int], features: Tensor) -> None:
-        start = self.kv.length
-        self.kv.commit(nodes)
-        if self.features.shape[1]:
-            self.features[start : self.kv.length] = features[nodes]
-        self.cached += tokens
-
     def _require_room(self, tokens: list[int]) -> None:
         if not 1 <= len(tokens) <= self.context:
             raise ValueError(f"a state must have 1 to {self.context} tokens, got {len(tokens)}")
+
+
+def read_tree(
+    target: Transformer,
+    kv: KVCache,
+    base: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    *,
+    taps: tuple[int, ...] = (),
+) -> tuple[Read, Tensor]:
+    """Read a tree behind what is decided, and leave the scratch as if nothing had been read.
+
+    base: [1] int64, the decided length. tokens, parents: [n] as of a `Tree`. Gives what was read,
+    and the depths of the nodes, [n].
+    """
+    mask, depths, ancestors = ancestry(parents)
+    read = target(
+        tokens[None], base + depths, kv, mask, taps=taps, base=base, ancestors=ancestors
+    )
+    kv.scratch = 0
+    return read, depths
 
 
 @dataclass(frozen=True, kw_only=True)

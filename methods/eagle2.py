@@ -20,11 +20,11 @@ from methods.architecture import block_shapes
 from methods.checkpoint import Packer, load_lm_head
 from methods.grow import Head, TreeRecipe
 from methods.head import EAGLE, EMBEDDING, FLOATS, LM_HEAD, HeadFiles, open_head
-from methods.kv import KVCache
 from methods.recipe import Family, Parts
 from methods.rotation import Rotation, is_norm_folded, read_rotation
 from methods.transformer import Block, Shape
 from methods.weights import Weights
+from methods.window import Window
 from quant.formats import Spec
 from quant.scheme import QuantLinear
 
@@ -71,15 +71,14 @@ class Eagle2Head(Head):
         self,
         embedded: Tensor,
         hidden: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        kv: KVCache,
-        seen: Tensor | None,
+        view: Window,
     ) -> Tensor:
         """Fuse embedding and hidden stream, then one decoder layer."""
         x = self.fc(torch.cat([embedded, hidden], dim=-1))
         if self.fc_bias is not None:
             x = x + self.fc_bias
-        out: Tensor = self.block(x, rotation, kv, 0, seen)
+        _, stream, delta = self.block(x, None, view, 0)
+        out: Tensor = stream + delta
         return out if self.leaving is None else out @ self.leaving
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -145,7 +144,7 @@ class Eagle2(TreeRecipe):
             fc=packer.linear("fc", "fc"),
             fc_bias=packer.tensor("fc.bias") if "fc.bias" in tensors else None,
             block=Block(
-                input_norm=nn.Identity(),
+                input_norm=None,
                 attention=packer.attention("attention", PREFIX, shape),
                 mlp_norm=packer.norm(f"{PREFIX}post_attention_layernorm.weight", shape.norm_eps),
                 mlp=packer.mlp("mlp", PREFIX),

@@ -21,10 +21,11 @@ from methods.architecture import FUSED, QKV, block_shapes
 from methods.checkpoint import Packer
 from methods.grow import Head, TreeRecipe
 from methods.head import EAGLE3, EMBEDDING, FLOATS, HeadFiles, open_head
-from methods.kv import KVCache
 from methods.recipe import Family, Parts
 from methods.rotation import Rotation, read_rotation
-from methods.transformer import MLP, Attention, RMSNorm, Shape
+from methods.norm import RMSNorm
+from methods.transformer import MLP, Attention, Shape
+from methods.window import Window
 from quant.formats import Spec
 from quant.scheme import QuantLinear
 
@@ -82,16 +83,14 @@ class Eagle3Head(Head):
         self,
         embedded: Tensor,
         hidden: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        kv: KVCache,
-        seen: Tensor | None,
+        view: Window,
     ) -> Tensor:
         """Attend over embedding and hidden side by side; add to the hidden stream."""
         normed = self.hidden_norm(hidden)
         both = torch.cat([self.embedding_norm(embedded), normed], dim=-1)
         residual = normed if self.norm_before_residual else hidden
-        x = residual + self.attention(both, rotation, kv, 0, seen)
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        normed, x = self.mlp_norm.add(residual, self.attention(both, view, 0))
+        out: Tensor = x + self.mlp(normed)
         return self.norm(out) if self.norm_output else out
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.attention import visible
 from methods.checkpoint import check_transformer
 from methods.decode import PREFILL_CHUNK, Drafter, State
+from methods.graph import Captured
+from methods.kernels.best import best
 from methods.kv import KVCache
 from methods.recipe import Family, Parts, Recipe
 from methods.transformer import Shape
 from methods.tree import Tree
+from methods.window import Window, window
 
 MAX_DEPTH = 64
 MAX_NODES = 1024
@@ -51,9 +53,7 @@ class Head(nn.Module, ABC):
         self,
         embedded: Tensor,
         hidden: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        kv: KVCache,
-        seen: Tensor | None,
+        view: Window,
     ) -> Tensor:
         """Run the head's one layer. embedded, hidden: [1, m, D] -> [1, m, D]."""
 
@@ -66,18 +66,25 @@ class Head(nn.Module, ABC):
         """Translate draft vocabulary to the target's."""
 
     def forward(
-        self, tokens: Tensor, hidden: Tensor, positions: Tensor, kv: KVCache, mask: Tensor | None
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        kv: KVCache,
+        mask: Tensor | None,
+        *,
+        base: Tensor | None = None,
     ) -> Tensor:
         """Read pairs into scratch. tokens, positions: [m]; hidden: [m, D] -> [m, D].
 
-        mask: [m, scratch + m] bool over the scratch slots, None to read in order.
+        mask: [m, scratch + m] bool over the scratch slots, None to read in order. base: as in
+        `methods.window`.
         """
         m = len(tokens)
-        kv.reserve(m)
-        seen = visible(mask, n=m, length=kv.length, scratch=kv.scratch, device=tokens.device)
         rotation = self.shape.rope.angles(positions, self.shape.head_dim, hidden.dtype)
+        view = window(kv, rotation, mask, n=m, base=base, ancestors=None)
         embedded = F.embedding(tokens, self.embedding)
-        output = self.layer(embedded[None], hidden[None], rotation, kv, seen)[0]
+        output = self.layer(embedded[None], hidden[None], view)[0]
         kv.extend(m)
         return output
 
@@ -117,6 +124,7 @@ class TreeDrafter(Drafter):
         self.nodes = nodes
         self.device = parts.target.device
         self.kv = head.cache(parts.context + 2 * nodes + depth * top_k)
+        self._draft = Captured(self._drafted, device=self.device)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -124,16 +132,23 @@ class TreeDrafter(Drafter):
         return self.head.taps
 
     @property
-    def max_nodes(self) -> int:
-        """The root included."""
-        return self.nodes
+    def widths(self) -> tuple[int, ...]:
+        """The root alone where a feature lacks."""
+        return (1, self.nodes)
 
     def begin(self, state: State) -> None:
         """Read the prompt's pairs but the newest, which every proposal reads itself."""
         self.kv.rewind(0)
         self._read_pairs(state, end=len(state.tokens) - 2)
 
-    @torch.inference_mode()
+    def warm_up(self, features: int) -> None:
+        """Draft behind every number of pairs that a step may leave unread."""
+        most = self.depth + 2
+        rows = torch.zeros(most, features, dtype=self.kv.data.dtype, device=self.device)
+        for m in range(1, most + 1):
+            self.kv.rewind(0)
+            self._draft(torch.zeros(1 + m, dtype=torch.int64), rows[:m])
+
     def propose(self, state: State) -> Tree:
         """Read what was decided since, then draft behind it.
 
@@ -144,29 +159,43 @@ class TreeDrafter(Drafter):
         # A pair stands while both its tokens do; the newest is read anew for its output.
         self.kv.rewind(max(min(self.kv.length, state.kept - 1, last - 1), 0))
         if last == 0 or len(state.features) < last:
-            return Tree.chain(state.tokens[-1:], self.device)
-        return self._grow(self._read_pairs(state, end=last), state.tokens[-1], position=last)
+            return Tree.chain(state.tokens[-1:])
+        if last - self.kv.length > self.depth + 2:
+            self._read_pairs(state, end=last - 1)
+        start = self.kv.length
+        self.kv.reserve(last - start + self.top_k * (self.depth - 1))
+        tokens, parents = self._draft(
+            torch.tensor([start, *state.tokens[start + 1 :]]), state.features[start:last]
+        )
+        self.kv.advance(last - start)
+        return Tree(tokens=tokens, parents=parents)
 
-    def _read_pairs(self, state: State, *, end: int) -> Tensor:
-        """Commit the pairs from the cache's length to `end`; give the last output, [D]."""
-        output = torch.empty(0)
+    def _read_pairs(self, state: State, *, end: int) -> None:
+        """Commit the pairs from the cache's length to `end`."""
         for start in range(self.kv.length, end, PREFILL_CHUNK):
             stop = min(start + PREFILL_CHUNK, end)
-            output = self.head(
+            self.head(
                 torch.tensor(state.tokens[start + 1 : stop + 1], device=self.device),
                 self.head.enter(state.features[start:stop]),
                 torch.arange(start, stop, device=self.device),
                 self.kv,
                 None,
-            )[-1]
-            self.kv.commit(range(stop - start))
-        return output
+            )
+            self.kv.advance(stop - start)
 
-    def _grow(self, output: Tensor, root: int, *, position: int) -> Tree:
-        """Draft behind the pair whose output is given; the next pair stands at `position`."""
-        k = self.top_k
+    def _drafted(self, fresh: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Read m fresh pairs and grow a tree behind the last: its tokens and parents, each [n].
+
+        fresh: [1 + m] int64, the decided pairs and the fresh ones' tokens; features: [m, F].
+        """
+        k, m = self.top_k, len(features)
+        base, read = fresh[:1], fresh[1:]
+        positions = base + torch.arange(m, device=self.device)
+        output = self.head(
+            read, self.head.enter(features), positions, self.kv, None, base=base
+        )[-1:]
         eye = torch.eye(k, dtype=torch.bool, device=self.device)
-        scores, tokens = self._best(output[None])
+        scores, tokens = self._best(output)
         pool_scores, pool_tokens = [scores[0]], [tokens[0]]
         pool_parents = [torch.full_like(tokens[0], -1)]
         level = _Level(
@@ -174,11 +203,13 @@ class TreeDrafter(Drafter):
             scores=scores[0],
             pool=torch.arange(k, device=self.device),
             hidden=output.expand(k, -1),
-            mask=eye,
+            mask=torch.cat([eye.new_ones(k, m), eye], dim=1),
         )
         for step in range(self.depth - 1):
-            positions = torch.full_like(level.tokens, position + step)
-            hidden = self.head(level.tokens, level.hidden, positions, self.kv, level.mask)
+            positions = (base + m + step).expand(k)
+            hidden = self.head(
+                level.tokens, level.hidden, positions, self.kv, level.mask, base=base
+            )
             scores, tokens = self._best(hidden)
             paths = (level.scores[:, None] + scores).flatten()
             pool_scores.append(paths)
@@ -193,8 +224,9 @@ class TreeDrafter(Drafter):
                 hidden=hidden[parent],
                 mask=torch.cat([level.mask[parent], eye], dim=1),
             )
+        self.kv.scratch = 0
         return prune(
-            root,
+            read[-1:],
             tokens=torch.cat(pool_tokens),
             parents=torch.cat(pool_parents),
             scores=torch.cat(pool_scores),
@@ -203,27 +235,27 @@ class TreeDrafter(Drafter):
 
     def _best(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest next tokens: log-probabilities and target ids, each [m, K]."""
-        # In float32 whatever the head's dtype: rounded scores would decide near-ties.
-        logits = self.head.logits(hidden).float()
-        logprobs = logits.log_softmax(dim=-1).clamp(max=0)
-        scores, ids = logprobs.topk(self.top_k)
+        scores, ids = best(self.head.logits(hidden), self.top_k)
         return scores, self.head.to_target(ids)
 
 
-def prune(root: int, *, tokens: Tensor, parents: Tensor, scores: Tensor, keep: int) -> Tree:
-    """Keep the best `keep` candidates below the root.
+def prune(
+    root: Tensor, *, tokens: Tensor, parents: Tensor, scores: Tensor, keep: int
+) -> tuple[Tensor, Tensor]:
+    """Keep the best `keep` candidates below the root: tokens and parents of a `Tree`.
 
-    tokens, parents, scores: [c]; parents[i] is an earlier candidate, or -1 for the root, and
-    never scores below its child. Of equals the earlier stays, so that no child loses its parent.
+    root: [1]. tokens, parents, scores: [c]; parents[i] is an earlier candidate, or -1 for the
+    root, and never scores below its child. Of equals the earlier stays, so that no child loses its
+    parent.
     """
     order = scores.sort(descending=True, stable=True).indices[:keep]
     kept = order.sort().values
     place = torch.zeros(len(tokens) + 1, dtype=torch.int64, device=tokens.device)
     place[kept] = torch.arange(1, len(kept) + 1, device=tokens.device)
     # Candidate -1, the root, indexes the last entry of `place`, which stays 0.
-    return Tree(
-        tokens=torch.cat([tokens.new_tensor([root]), tokens[kept]]),
-        parents=torch.cat([parents.new_tensor([-1]), place[parents[kept]]]),
+    return (
+        torch.cat([root, tokens[kept]]),
+        torch.cat([torch.full_like(root, -1), place[parents[kept]]]),
     )
 
 

@@ -34,9 +34,13 @@ class HierarchicalDrafter(Drafter):
         return ()
 
     @property
-    def max_nodes(self) -> int:
-        """The root, and at most one inner step more than needed."""
-        return self.min_draft + self.method.drafter.max_nodes
+    def widths(self) -> range:
+        """The root, what is needed, and the rest of the inner step that reached it."""
+        return range(1 + self.min_draft, 1 + self.min_draft + self.method.drafter.max_nodes)
+
+    def warm_up(self, features: int) -> None:
+        """The smaller model's own; the last draft and the bonus may ride along."""
+        self.method.warm_up(unread=1)
 
     def begin(self, state: State) -> None:
         """Let the smaller model and its drafter read the prompt."""
@@ -48,7 +52,7 @@ class HierarchicalDrafter(Drafter):
         inner = self.method.resume(state.tokens, seed=state.seed)
         while len(inner.tokens) <= root + self.min_draft:
             inner = self.method.step(inner)
-        return Tree.chain(inner.tokens[root:], state.features.device)
+        return Tree.chain(inner.tokens[root:])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,12 @@ class KVCache:
         self.length += len(nodes)
         self.scratch = 0
 
+    def advance(self, count: int) -> None:
+        """Count `count` slots behind the decided ones, in order already, as decided too."""
+        assert self.length + count <= self.capacity
+        self.length += count
+        self.scratch = 0
+
     def rewind(self, length: int) -> None:
         """Forget all drafts, and the decided tokens from `length` on."""
         assert 0 <= length <= self.length

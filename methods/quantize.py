@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.architecture import FUSED, GATE_UP, QKV
-from methods.attention import visible
 from methods.checkpoint import Packer
 from methods.kv import KVCache
-from methods.transformer import Block, RMSNorm, Shape
+from methods.norm import RMSNorm
+from methods.transformer import Block, Shape
+from methods.window import window
 from quant.gptq import Hessian
 from quant.rounding import Inputs, Rounding
 from quant.scheme import QuantLinear, Scheme, rows
@@ -126,10 +127,11 @@ class BlockQuantizer:
             dtype=x.dtype,
             device=x.device,
         )
-        seen = visible(None, n=n, length=0, scratch=0, device=x.device)
         positions = torch.arange(n, device=x.device)
         rotation = self.shape.rope.angles(positions, self.shape.head_dim, x.dtype)
-        out: Tensor = block(x, rotation, kv, 0, seen)
+        view = window(kv, rotation, None, n=n, base=None, ancestors=None)
+        _, stream, delta = block(x, None, view, 0)
+        out: Tensor = stream + delta
         return out
 
 

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.attention import attend, visible
+from methods.kernels.gate import silu_mul
 from methods.kv import KVCache
-from methods.rope import Rope, rotate
+from methods.norm import HeadNorm, RMSNorm
+from methods.rope import Rope
+from methods.window import Window, window
 from quant.scheme import QuantLinear
 
 
@@ -57,39 +59,6 @@ class Read:
     features: Tensor
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a weight."""
-
-    weight: Tensor
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., D] -> [..., D]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class HeadNorm(nn.Module):
-    """Root-mean-square norm of every query head and every key head, each kind with its weight."""
-
-    weight: Tensor
-
-    def __init__(self, shape: Shape, *, queries: Tensor, keys: Tensor) -> None:
-        """queries, keys: [d]."""
-        super().__init__()
-        parts = [queries.expand(shape.num_heads, 1, -1), keys.expand(shape.num_kv_heads, 1, -1)]
-        # A row a head, so that both kinds are one product.
-        self.register_buffer("weight", torch.cat(parts))
-        self.eps = shape.norm_eps
-
-    def forward(self, heads: Tensor) -> Tensor:
-        """heads: [B, H + G, n, d] -> the same shape."""
-        return F.rms_norm(heads, heads.shape[-1:], None, self.eps) * self.weight
-
-
 class Attention(nn.Module):
     """Self-attention with fused query, key and value projections."""
 
@@ -98,7 +67,6 @@ class Attention(nn.Module):
 
     def __init__(
         self,
-        shape: Shape,
         *,
         qkv: QuantLinear,
         out: QuantLinear,
@@ -108,33 +76,16 @@ class Attention(nn.Module):
     ) -> None:
         """qkv_bias: [(H + 2G) * d]. out_bias: [D]. norm: of queries and keys."""
         super().__init__()
-        self.heads, self.groups, self.dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.qkv = qkv
         self.out = out
         self.register_buffer("qkv_bias", qkv_bias)
         self.register_buffer("out_bias", out_bias)
         self.norm = norm
 
-    def forward(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        kv: KVCache,
-        layer: int,
-        seen: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, view: Window, layer: int) -> Tensor:
         """x: [B, n, K] -> [B, n, D]; writes this layer's scratch."""
-        batch, n, _ = x.shape
-        projected = self.qkv(x)
-        if self.qkv_bias is not None:
-            projected = projected + self.qkv_bias
-        fused = projected.view(batch, n, -1, self.dim).transpose(1, 2)
-        turning = fused[:, : self.heads + self.groups]
-        if self.norm is not None:
-            turning = self.norm(turning)
-        turned = rotate(turning, rotation)
-        keys, values = kv.write(layer, turned[:, self.heads :], fused[:, -self.groups :])
-        out: Tensor = self.out(attend(turned[:, : self.heads], keys, values, seen))
+        mixed = view.attend(layer, self.qkv(x), bias=self.qkv_bias, norm=self.norm)
+        out: Tensor = self.out(mixed)
         return out if self.out_bias is None else out + self.out_bias
 
 
@@ -148,8 +99,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, n, D] -> [B, n, D]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(F.silu(gate) * up)
+        out: Tensor = self.down(silu_mul(self.gate_up(x)))
         return out
 
 
@@ -157,8 +107,9 @@ class Block(nn.Module):
     """One pre-norm decoder layer."""
 
     def __init__(
-        self, *, input_norm: nn.Module, attention: Attention, mlp_norm: nn.Module, mlp: MLP
+        self, *, input_norm: RMSNorm | None, attention: Attention, mlp_norm: RMSNorm, mlp: MLP
     ) -> None:
+        """input_norm: None where what enters is read as it comes."""
         super().__init__()
         self.input_norm = input_norm
         self.attention = attention
@@ -166,17 +117,18 @@ class Block(nn.Module):
         self.mlp = mlp
 
     def forward(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        kv: KVCache,
-        layer: int,
-        seen: Tensor | None,
-    ) -> Tensor:
-        """x: [B, n, D] -> [B, n, D]."""
-        x = x + self.attention(self.input_norm(x), rotation, kv, layer, seen)
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
-        return out
+        self, x: Tensor, delta: Tensor | None, view: Window, layer: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Give what enters, and what leaves as a stream and what is still to be added to it.
+
+        All [B, n, D]. A sum waits for the norm that reads it, so that both are one kernel.
+        """
+        if self.input_norm is None:
+            normed = entered = x if delta is None else x + delta
+        else:
+            normed, entered = self.input_norm.add(x, delta)
+        normed, x = self.mlp_norm.add(entered, self.attention(normed, view, layer))
+        return entered, x, self.mlp(normed)
 
 
 class Transformer(nn.Module):
@@ -231,26 +183,27 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         *,
         taps: tuple[int, ...] = (),
+        base: Tensor | None = None,
+        ancestors: Tensor | None = None,
     ) -> Read:
         """Read tokens into scratch.
 
         tokens: [B, n] int64. positions: [n] int64, the same for every row. mask: [n, scratch + n]
         bool over the scratch slots, None to read in order. taps: which streams to keep as
         features, side by side: i is the residual input of layer i, num_layers the output of the
-        final norm; F = len(taps) * D.
+        final norm; F = len(taps) * D. base, ancestors: as in `methods.window`.
         """
         n = tokens.shape[1]
-        kv.reserve(n)
-        seen = visible(mask, n=n, length=kv.length, scratch=kv.scratch, device=tokens.device)
         rotation = self.shape.rope.angles(positions, self.shape.head_dim, self.dtype)
+        view = window(kv, rotation, mask, n=n, base=base, ancestors=ancestors)
         streams: dict[int, Tensor] = {}
-        x = F.embedding(tokens, self.embedding)
+        x, delta = F.embedding(tokens, self.embedding), None
         for layer, block in enumerate(self.blocks):
+            entered, x, delta = block(x, delta, view, layer)
             if layer in taps:
-                streams[layer] = x
-            x = block(x, rotation, kv, layer, seen)
+                streams[layer] = entered
         kv.extend(n)
-        hidden = self.norm(x)
+        hidden, _ = self.norm.add(x, delta)
         streams[len(self.blocks)] = hidden
         kept = [streams[tap] for tap in taps]
         return Read(hidden, torch.cat(kept, dim=-1) if kept else hidden[..., :0])

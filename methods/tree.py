@@ -8,6 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from methods.kernels.tree import ancestry
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -25,21 +27,10 @@ class Tree:
         assert self.tokens.shape == self.parents.shape
 
     @classmethod
-    def chain(cls, tokens: Sequence[int], device: torch.device) -> Self:
-        """Make a tree without branches; tokens[0] is the root."""
+    def chain(cls, tokens: Sequence[int]) -> Self:
+        """Make a tree without branches, on the host; tokens[0] is the root."""
         return cls(
-            tokens=torch.tensor(tokens, dtype=torch.int64, device=device),
-            parents=torch.arange(-1, len(tokens) - 1, device=device),
-        )
-
-    def after(self, unread: Sequence[int]) -> "Tree":
-        """Hang this tree below a chain of decided tokens, so that one pass reads both."""
-        if not unread:
-            return self
-        head = Tree.chain(unread, self.tokens.device)
-        return Tree(
-            tokens=torch.cat([head.tokens, self.tokens]),
-            parents=torch.cat([head.parents, self.parents + len(unread)]),
+            tokens=torch.tensor(tokens, dtype=torch.int64), parents=torch.arange(-1, len(tokens) - 1)
         )
 
     def __len__(self) -> int:
@@ -48,18 +39,9 @@ class Tree:
     @cached_property
     def mask(self) -> Tensor:
         """[n, n] bool: whether j is i or an ancestor of i."""
-        n = len(self)
-        if n == 1:
-            return self.parents[:, None] < 0
-        index = torch.arange(n, device=self.tokens.device)
-        reach = (index[:, None] == index) | (self.parents[:, None] == index)
-        steps = 1  # `reach` spans this many generations; each squaring doubles it
-        while steps < n - 1:
-            reach = (reach.float() @ reach.float()) > 0
-            steps *= 2
-        return reach
+        return ancestry(self.parents)[0]
 
     @cached_property
     def depths(self) -> Tensor:
         """[n] int64: number of ancestors; 0 for the root."""
-        return self.mask.sum(dim=1) - 1
+        return ancestry(self.parents)[1]

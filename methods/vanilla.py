@@ -17,16 +17,19 @@ class VanillaDrafter(Drafter):
         return ()
 
     @property
-    def max_nodes(self) -> int:
+    def widths(self) -> tuple[int, ...]:
         """The root alone."""
-        return 1
+        return (1,)
+
+    def warm_up(self, features: int) -> None:
+        """Runs nothing."""
 
     def begin(self, state: State) -> None:
         """Read nothing."""
 
     def propose(self, state: State) -> Tree:
         """Give the root."""
-        return Tree.chain(state.tokens[-1:], state.features.device)
+        return Tree.chain(state.tokens[-1:])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,34 +23,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.tree import Tree
+from methods.kernels.best import argmax
 
-
-@dataclass(frozen=True)
-class Accepted:
-    """nodes: [1 + accepted], a path from the root. tokens: the accepted drafts, then the bonus."""
-
-    nodes: list[int]
-    tokens: list[int]
 
 
 class Rule(ABC):
     """Picks the token that a model itself would emit next: the one of highest score."""
 
+    @property
     @abstractmethod
-    def scores(self, logits: Tensor, positions: Tensor, *, seed: int) -> Tensor:
-        """logits: [n, V]; positions: [n], where the picked token will stand -> [n, V]."""
+    def graphed(self) -> bool:
+        """Whether `pick` can be captured: it waits for nothing (methods.graph)."""
 
-    def pick(self, logits: Tensor, positions: Tensor, *, seed: int) -> Tensor:
+    @abstractmethod
+    def scores(self, logits: Tensor, positions: Tensor, *, seed: Tensor) -> Tensor:
+        """logits: [n, V]; positions: [n], where the picked token will stand -> [n, V].
+
+        seed: [1] int64.
+        """
+
+    def pick(self, logits: Tensor, positions: Tensor, *, seed: Tensor) -> Tensor:
         """Take the first of the best. Arguments as of `scores` -> [n] int64."""
-        return self.scores(logits, positions, seed=seed).argmax(dim=-1)
+        return argmax(self.scores(logits, positions, seed=seed))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Greedy(Rule):
     """The most likely token; the first of equals."""
 
-    def scores(self, logits: Tensor, positions: Tensor, *, seed: int) -> Tensor:
+    @property
+    def graphed(self) -> bool:
+        """Looks at the logits alone."""
+        return True
+
+    def scores(self, logits: Tensor, positions: Tensor, *, seed: Tensor) -> Tensor:
         """Score by the logits as they are."""
         return logits
 
@@ -65,34 +71,23 @@ class Sampled(Rule):
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
 
-    def scores(self, logits: Tensor, positions: Tensor, *, seed: int) -> Tensor:
+    @property
+    def graphed(self) -> bool:
+        """The host must know the positions to draw their noise."""
+        return False
+
+    def scores(self, logits: Tensor, positions: Tensor, *, seed: Tensor) -> Tensor:
         """Nodes of the same position share their noise; at most one of them is emitted."""
         unique, row = torch.unique(positions, return_inverse=True)
         noise = torch.stack(
             [
-                _exponential(logits.shape[-1], seed, p, logits.device) for p in unique.tolist()
-            ]  # sync
+                _exponential(logits.shape[-1], int(seed), p, logits.device)  # sync
+                for p in unique.tolist()
+            ]
         )
         # log-probability minus log of an exponential draw: Gumbel-max in the form that never
         # takes the logarithm of a rounded-off uniform.
         return (logits.double() / self.temperature).log_softmax(dim=-1) - noise.log()[row]
-
-
-def accept(tree: Tree, picked: Tensor) -> Accepted:
-    """Keep the longest path on which every token is the one picked at its parent.
-
-    picked: [n] int64, the target's own token after each node. The tokens of the path are thereby
-    the picked ones, and the bonus is what was picked at its end.
-    """
-    if len(tree) == 1:  # plain decoding must not pay for a walk
-        return Accepted(nodes=[0], tokens=picked.tolist())  # sync
-    right = tree.tokens == picked[tree.parents]  # the root's own entry is set below
-    right[0] = True
-    alive = (right | ~tree.mask).all(dim=1)
-    last = (alive * (tree.depths + 1)).argmax()
-    path, chosen = torch.stack([tree.mask[last].long(), picked]).tolist()  # sync
-    nodes = [i for i, on_path in enumerate(path) if on_path]
-    return Accepted(nodes=nodes, tokens=[chosen[i] for i in nodes])
 
 
 def _exponential(size: int, seed: int, position: int, device: torch.device) -> Tensor:

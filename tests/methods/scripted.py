@@ -1,7 +1,5 @@
 """Drafters whose drafts are known beforehand."""
 
-import torch
-
 from methods.decode import Drafter, State
 from methods.tree import Tree
 
@@ -20,8 +18,11 @@ class Scripted(Drafter):
         return ()
 
     @property
-    def max_nodes(self) -> int:
-        return self.depth + 1
+    def widths(self) -> range:
+        return range(1, self.depth + 2)
+
+    def warm_up(self, features: int) -> None:
+        pass
 
     def begin(self, state: State) -> None:
         pass
@@ -29,4 +30,4 @@ class Scripted(Drafter):
     def propose(self, state: State) -> Tree:
         known = len(state.tokens)
         drafts = [(t + self.error) % self.vocab for t in self.script[known : known + self.depth]]
-        return Tree.chain([state.tokens[-1], *drafts], torch.device("cpu"))
+        return Tree.chain([state.tokens[-1], *drafts])

@@ -1,5 +1,5 @@
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -77,8 +77,11 @@ class Noted(Drafter):
         return self.inner.taps
 
     @property
-    def max_nodes(self) -> int:
-        return self.inner.max_nodes
+    def widths(self) -> Sequence[int]:
+        return self.inner.widths
+
+    def warm_up(self, features: int) -> None:
+        self.inner.warm_up(features)
 
     def begin(self, state: State) -> None:
         self.inner.begin(state)

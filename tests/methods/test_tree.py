@@ -2,8 +2,6 @@ import torch
 
 from methods.tree import Tree
 
-CPU = torch.device("cpu")
-
 
 def make(tokens: list[int], parents: list[int]) -> Tree:
     return Tree(tokens=torch.tensor(tokens), parents=torch.tensor(parents))
@@ -21,7 +19,7 @@ def test_siblings_do_not_see_each_other() -> None:
 
 
 def test_a_chain_sees_everything_before_it() -> None:
-    tree = Tree.chain([3, 4, 5, 6, 7, 8], CPU)
+    tree = Tree.chain([3, 4, 5, 6, 7, 8])
     assert tree.parents.tolist() == [-1, 0, 1, 2, 3, 4]
     assert torch.equal(tree.mask, torch.ones(6, 6).tril().bool())
 
@@ -37,15 +35,3 @@ def test_masks_of_trees_beyond_64_nodes_follow_the_parents() -> None:
             expected[i, j] = True
             j = parents[j]
     assert torch.equal(make(list(range(n)), parents).mask, expected)
-
-
-def test_unread_tokens_stand_above_the_root() -> None:
-    tree = make([7, 8, 9], [-1, 0, 0]).after([5, 6])
-    assert tree.tokens.tolist() == [5, 6, 7, 8, 9]
-    assert tree.parents.tolist() == [-1, 0, 1, 2, 2]
-    assert tree.depths.tolist() == [0, 1, 2, 3, 3]
-
-
-def test_nothing_unread_leaves_the_tree_alone() -> None:
-    tree = make([7, 8], [-1, 0])
-    assert tree.after([]) is tree
