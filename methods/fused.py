@@ -1,0 +1,174 @@
+"""The parts of a decode step that are no matrix product, fused so that a CUDA graph can hold them.
+
+On a GPU each is one or two launches of a Triton kernel, and nothing is read on the host: how many
+slots are decided is a tensor on the device. On the CPU they are plain torch.
+
+Letters: n new tokens, H query heads, G key-value heads, S slots, d head dimension, P positions,
+D hidden, I inner width of the feed-forward layer, V vocabulary, L layers.
+"""
+
+import torch
+from torch import Tensor
+
+from methods.kernels import reference
+from quant.grid import Tokens
+
+
+def attend(
+    queries: Tensor, cache: Tensor, base: Tensor, scratch: int, *, ancestors: Tensor | None
+) -> Tensor:
+    """Attend over all decided slots and over a node's own path. [n, H, d] -> [n, H * d].
+
+    cache: [2, G, S, d], a layer's keys and values, those of the new tokens included. base: [1]
+    int64, how many slots are decided; `scratch` slots behind them were read before these tokens.
+    ancestors: [n, depth] int32; column t is the scratch slot of the node's ancestor at depth t,
+    the node itself last, then -1. None where tokens are read in order, after all of scratch.
+
+    On a GPU a node's result is bit-equal whether its ancestors are decided or scratch, and however
+    many nodes are read with it.
+    """
+    _, groups, _, dim = cache.shape
+    assert queries.shape[1] % groups == 0
+    assert queries.shape[2] == dim
+    assert queries.is_contiguous()
+    assert cache.stride(3) == 1
+    assert ancestors is None or (ancestors.dtype == torch.int32 and ancestors.is_contiguous())
+    if queries.is_cuda:
+        from methods.kernels import attention
+
+        return attention.attend(queries, cache, base, scratch, ancestors=ancestors)
+    return reference.attend(queries, cache, base, scratch, ancestors=ancestors)
+
+
+def rope_write(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    cache: Tensor,
+    base: Tensor,
+    scratch: int,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Turn queries and keys, write keys and values behind all slots. -> queries, [n, H, d].
+
+    qkv: [n, (H + 2G) * d], as projected. cos, sin: [P, d] of `Rope.angles`, a row a position.
+    positions: [n] int64. cache: [2, G, S, d]. base: [1] int64; slots base + scratch + i are
+    written. norm: [H + G, 1, d], the weights of `HeadNorm`, with its eps. bias: [(H + 2G) * d].
+    """
+    assert qkv.is_contiguous()
+    assert cos.is_contiguous()
+    assert sin.is_contiguous()
+    assert cache.stride(3) == 1
+    if qkv.is_cuda:
+        from methods.kernels import rope_write as kernel
+
+        return kernel.rope_write(
+            qkv, cos, sin, positions, cache, base, scratch, norm=norm, eps=eps, bias=bias
+        )
+    return reference.rope_write(
+        qkv, cos, sin, positions, cache, base, scratch, norm=norm, eps=eps, bias=bias
+    )
+
+
+def add_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Add, round to the dtype, then norm: the normed sum and the sum. x, residual: [n, D]."""
+    assert x.is_contiguous()
+    assert residual is None or residual.is_contiguous()
+    if x.is_cuda:
+        from methods.kernels import norm
+
+        return norm.add_norm(x, residual, weight, eps)
+    return reference.add_norm(x, residual, weight, eps)
+
+
+def add_norm_round(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tokens, Tensor]:
+    """Give what `add_norm` gives, the normed sum rounded to int8 as `round_tokens` does."""
+    assert x.is_contiguous()
+    assert residual is None or residual.is_contiguous()
+    if x.is_cuda:
+        from methods.kernels import norm
+
+        return norm.add_norm_round(x, residual, weight, eps)
+    return reference.add_norm_round(x, residual, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """Gate one half by the other. [n, 2I], the gate first -> [n, I]."""
+    assert gate_up.is_contiguous()
+    if gate_up.is_cuda:
+        from methods.kernels import gate
+
+        return gate.silu_mul(gate_up)
+    return reference.silu_mul(gate_up)
+
+
+def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Take the k likeliest of each row. [m, V] -> log-probabilities float32, ids int64, [m, k].
+
+    In the order of the logits, which must be numbers; the earliest of equals first.
+    """
+    assert logits.is_contiguous()
+    assert 1 <= k <= logits.shape[1]
+    if logits.is_cuda:
+        from methods.kernels import best as kernel
+
+        return kernel.best(logits, k)
+    return reference.best(logits, k)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """Take the first of each row's best. [m, V] -> [m] int64."""
+    assert logits.is_contiguous()
+    if logits.is_cuda:
+        from methods.kernels import best as kernel
+
+        return kernel.argmax(logits)
+    return reference.argmax(logits)
+
+
+def ancestry(parents: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give `Tree.mask` [n, n], `Tree.depths` [n], and every node's path from the root.
+
+    parents: [n] int64, -1 for the root. levels: more than any depth. The paths, [n, levels] int32,
+    end with the node itself, then -1.
+    """
+    if parents.is_cuda:
+        from methods.kernels import tree
+
+        return tree.ancestry(parents, levels)
+    return reference.ancestry(parents, levels)
+
+
+def walk(tokens: Tensor, parents: Tensor, picked: Tensor) -> Tensor:
+    """Accept as `methods.verify.accept` does, into one tensor. All: [n] int64 -> [1 + 2n] int64.
+
+    The number of nodes on the path; the path, n long; what was picked at each of its nodes, n
+    long. Behind the path's end both are zeros. Siblings' tokens must differ.
+    """
+    if tokens.is_cuda:
+        from methods.kernels import tree
+
+        return tree.walk(tokens, parents, picked)
+    return reference.walk(tokens, parents, picked)
+
+
+def commit(caches: Tensor, base: Tensor, nodes: Tensor, count: Tensor) -> None:
+    """Move scratch slots base + nodes[j] to base + j, in every layer, for the first `count` of j.
+
+    caches: [L, 2, G, S, d]. base, count: [1] int64. nodes: int64, increasing up to count.
+    """
+    assert caches.stride(4) == 1
+    if caches.is_cuda:
+        from methods.kernels import commit as kernel
+
+        kernel.commit(caches, base, nodes, count)
+    else:
+        reference.commit(caches, base, nodes, count)

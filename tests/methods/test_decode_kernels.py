@@ -1,0 +1,298 @@
+"""The kernels of a decode step against plain torch: on a GPU, or interpreted on the CPU."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from methods import fused
+from methods.rope import Rope, rotate
+from methods.tree import Tree
+from methods.verify import accept
+from quant.grid import round_tokens
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+# The interpreter's matrix product knows no bfloat16.
+DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * ON_GPU
+EPSILON = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}
+
+if INTERPRETED or ON_GPU:
+    from methods.kernels import attention, best, commit, gate, norm, rope_write, tree
+
+kernel = pytest.mark.skipif(
+    not (ON_GPU or INTERPRETED), reason="needs a CUDA device or Triton's interpreter"
+)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def base_of(length: int) -> Tensor:
+    return torch.tensor([length], device=DEVICE)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def random_parents(n: int) -> Tensor:
+    """Mostly bushy, now and then a longer path."""
+    parents = [-1] + [int(torch.randint(max(0, i - 4), i, ())) for i in range(1, n)]
+    return torch.tensor(parents, device=DEVICE)
+
+
+def near(out: Tensor, expected: Tensor) -> bool:
+    """Whether the error is that of a few roundings to the dtype of `out`."""
+    error = (out.double() - expected.double()).norm() / expected.double().norm()
+    return bool(error < EPSILON[out.dtype])
+
+
+def exact_attention(
+    queries: Tensor, cache: Tensor, base: int, scratch: int, ancestors: Tensor | None
+) -> Tensor:
+    n = len(queries)
+    mask = torch.ones(n, scratch + n, dtype=torch.bool).tril(scratch)
+    if ancestors is not None:
+        mask = torch.zeros(n, scratch + n, dtype=torch.bool)
+        for node, path in enumerate(ancestors.tolist()):
+            mask[node, [slot for slot in path if slot >= 0]] = True
+    seen = torch.cat([torch.ones(n, base, dtype=torch.bool), mask], dim=1).to(queries.device)
+    shared = queries.shape[1] // cache.shape[1]
+    used = cache[:, :, : base + scratch + n].double().repeat_interleave(shared, dim=1)
+    scores = queries.double().transpose(0, 1) @ used[0].mT / queries.shape[2] ** 0.5
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    return (weights @ used[1]).transpose(0, 1).flatten(1)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "heads", "groups", "dim", "base", "scratch"),
+    [
+        (1, 4, 4, 64, 0, 0),
+        (1, 8, 1, 32, 255, 0),
+        (1, 4, 1, 128, 256, 0),
+        (13, 4, 1, 64, 0, 0),
+        (7, 8, 1, 32, 250, 3),
+        (70, 2, 2, 32, 300, 0),
+        (5, 8, 2, 64, 511, 9),
+    ],
+)
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+def test_attention_is_that_of_float64(
+    n: int,
+    heads: int,
+    groups: int,
+    dim: int,
+    base: int,
+    scratch: int,
+    dtype: torch.dtype,
+    shape: str,
+) -> None:
+    queries = draw(n, heads, dim, dtype=dtype)
+    cache = draw(2, groups, base + scratch + n + 5, dim, dtype=dtype)
+    cache[:, :, base + scratch + n :] = torch.nan  # slots that nobody wrote may hold anything
+    ancestors = None
+    if shape == "tree":
+        parents = random_parents(scratch + n)
+        ancestors = fused.ancestry(parents, scratch + n)[2][scratch:].contiguous()
+    out = attention.attend(queries, cache, base_of(base), scratch, ancestors=ancestors)
+    assert near(out, exact_attention(queries, cache, base, scratch, ancestors))
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 2, 128), (8, 1, 64), (2, 2, 32)])
+@pytest.mark.parametrize("length", [1, 60, 250, 520])
+def test_a_node_is_bit_equal_alone_in_a_chain_and_in_a_tree(
+    heads: int, groups: int, dim: int, dtype: torch.dtype, length: int
+) -> None:
+    n = 23
+    parents = random_parents(n)
+    paths = fused.ancestry(parents, n)[2]
+    queries = draw(n, heads, dim, dtype=dtype)
+    cache = draw(2, groups, length + n, dim, dtype=dtype)
+    whole = attention.attend(queries, cache, base_of(length), 0, ancestors=paths)
+    for node in [0, 5, 11, n - 1]:
+        path = paths[node][paths[node] >= 0].long()
+        line = torch.cat([torch.arange(length, device=DEVICE), length + path])
+        decided = cache[:, :, line].contiguous()
+        for base in {0, length // 2, length, len(line) - 1}:
+            rest = len(line) - base  # read in order: all in one pass, and the last one alone
+            chain = torch.cat([draw(rest - 1, heads, dim, dtype=dtype), queries[node, None]])
+            one = attention.attend(chain, decided, base_of(base), 0, ancestors=None)[-1]
+            own = queries[node, None]
+            alone = attention.attend(own, decided, base_of(base), rest - 1, ancestors=None)[0]
+            assert torch.equal(one, whole[node])
+            assert torch.equal(alone, whole[node])
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(4, 4, 32), (8, 2, 64), (7, 1, 128)])
+def test_rope_write_rounds_as_torch_does(
+    heads: int, groups: int, dim: int, dtype: torch.dtype, normed: bool, biased: bool
+) -> None:
+    n, base, scratch = 5, 3, 2
+    qkv = draw(n, (heads + 2 * groups) * dim, dtype=dtype)
+    bias = draw(qkv.shape[1], dtype=dtype) if biased else None
+    weight = draw(heads + groups, 1, dim, dtype=dtype) if normed else None
+    positions = torch.tensor([9, 4, 7, 4, 11], device=DEVICE)
+    table = Rope(theta=10000.0).angles(torch.arange(20, device=DEVICE), dim, dtype)
+    cache = draw(2, groups, 15, dim, dtype=dtype)
+    before = cache.clone()
+    queries = rope_write.rope_write(
+        qkv, *table, positions, cache, base_of(base), scratch, norm=weight, eps=1e-6, bias=bias
+    )
+
+    fused_heads = (qkv if bias is None else qkv + bias).view(1, n, -1, dim).transpose(1, 2)
+    turning = fused_heads[:, : heads + groups]
+    if weight is not None:
+        turning = F.rms_norm(turning, (dim,), None, 1e-6) * weight
+    turned = rotate(turning, Rope(theta=10000.0).angles(positions, dim, dtype))[0]
+    first, end = base + scratch, base + scratch + n
+    # A norm's own sum may be off by its last bit; without it all is equal but a fused product.
+    same = near if normed or dtype == torch.float32 else torch.equal
+    assert same(queries, turned[:heads].transpose(0, 1).contiguous())
+    assert same(cache[0, :, first:end].contiguous(), turned[heads:].contiguous())
+    assert torch.equal(cache[1, :, first:end], fused_heads[0, heads + groups :])
+    for part in (slice(0, first), slice(end, None)):
+        assert torch.equal(cache[:, :, part], before[:, :, part])
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("n", "width"), [(1, 96), (5, 512), (3, 5120)])
+def test_add_norm_is_a_sum_then_a_norm(n: int, width: int, added: bool, dtype: torch.dtype) -> None:
+    x, weight = draw(n, width, dtype=dtype), draw(width, dtype=dtype)
+    residual = draw(n, width, dtype=dtype) if added else None
+    normed, summed = norm.add_norm(x, residual, weight, 1e-5)
+    total = x if residual is None else x + residual
+    assert torch.equal(summed, total)
+    assert near(normed, F.rms_norm(total.double(), (width,), weight.double(), 1e-5))
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_after_the_norm_is_that_of_the_grid(dtype: torch.dtype) -> None:
+    x, residual, weight = (draw(4, 640, dtype=dtype) for _ in range(3))
+    x[2] = residual[2] = 0  # a row without a scale
+    tokens, summed = norm.add_norm_round(x, residual, weight[0], 1e-5)
+    expected = round_tokens(norm.add_norm(x, residual, weight[0], 1e-5)[0])
+    assert torch.equal(tokens.codes, expected.codes)
+    assert torch.equal(tokens.scale, expected.scale)
+    assert torch.equal(summed, x + residual)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "inner"), [(1, 64), (3, 1500)])
+def test_silu_mul_gates(n: int, inner: int, dtype: torch.dtype) -> None:
+    gate_up = draw(n, 2 * inner, dtype=dtype) * 4
+    first, second = gate_up.double().chunk(2, dim=-1)
+    assert near(gate.silu_mul(gate_up), F.silu(first) * second)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "vocabulary", "k"), [(1, 40, 1), (3, 5000, 10), (2, 4097, 32)])
+def test_the_best_are_those_of_a_stable_sort(
+    m: int, vocabulary: int, k: int, dtype: torch.dtype
+) -> None:
+    logits = (draw(m, vocabulary) * 4).round().to(dtype) / 2  # many equals, and both zeros
+    logits[0, : vocabulary // 2] = -torch.inf  # a block of nothing
+    logprobs, ids = best.best(logits, k)
+    expected = logits.float().sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(ids, expected.indices[:, :k])
+    scores = logits.double().log_softmax(dim=-1).gather(-1, ids)
+    torch.testing.assert_close(logprobs.double(), scores, rtol=1e-5, atol=1e-5)
+    assert torch.equal(best.argmax(logits), expected.indices[:, 0])
+
+
+@kernel
+def test_a_certain_token_has_no_probability_above_one() -> None:
+    logits = torch.zeros(1, 3000, device=DEVICE)
+    logits[0, 2999] = 90
+    logprobs, ids = best.best(logits, 2)
+    assert ids.tolist() == [[2999, 0]]
+    assert logprobs[0, 0] == 0
+
+
+@kernel
+@pytest.mark.parametrize("n", [1, 2, 17, 60])
+def test_ancestry_is_that_of_the_tree(n: int) -> None:
+    parents = random_parents(n)
+    expected = Tree(tokens=torch.zeros_like(parents), parents=parents)
+    mask, depths, ancestors = tree.ancestry(parents, n)
+    assert torch.equal(mask, expected.mask)
+    assert torch.equal(depths, expected.depths)
+    for node, path in enumerate(ancestors.tolist()):
+        length = int(depths[node]) + 1
+        assert path[:length] == expected.mask[node].nonzero().flatten().tolist()
+        assert path[length:] == [-1] * (n - length)
+
+
+@kernel
+@pytest.mark.parametrize("n", [1, 2, 17, 60])
+def test_the_walk_accepts_what_verify_accepts(n: int) -> None:
+    parents = random_parents(n)
+    # Siblings' tokens differ; a small vocabulary of picks makes every length of path occur.
+    tokens = torch.tensor([int((parents[:i] == parents[i]).sum()) for i in range(n)], device=DEVICE)
+    for _ in range(5):
+        picked = torch.randint(0, 2, (n,), device=DEVICE)
+        expected = accept(Tree(tokens=tokens, parents=parents), picked)
+        path = tree.walk(tokens, parents, picked).tolist()
+        count = path[0]
+        assert path[1 : 1 + count] == expected.nodes
+        assert path[1 + n : 1 + n + count] == expected.tokens
+        assert not any(path[1 + count : 1 + n] + path[1 + n + count :])
+
+
+@kernel
+@pytest.mark.parametrize("dim", [32, 96])
+@pytest.mark.parametrize("count", [0, 1, 3, 40])
+def test_commit_moves_the_path_and_nothing_else(count: int, dim: int) -> None:
+    caches = draw(3, 2, 2, 80, dim, dtype=torch.float16)
+    nodes = torch.randperm(60)[:50].sort().values.to(DEVICE)
+    expected = caches.clone()
+    expected[:, :, :, 7 : 7 + count] = caches[:, :, :, 7 + nodes[:count]]
+    commit.commit(caches, base_of(7), nodes, base_of(count))
+    assert torch.equal(caches, expected)
+
+
+def test_the_cpu_takes_plain_torch() -> None:
+    base, dim = torch.tensor([4]), 32
+    cache = torch.randn(2, 2, 12, dim)
+    qkv = torch.randn(3, 8 * dim)
+    table = Rope(theta=10000.0).angles(torch.arange(9), dim, torch.float32)
+    queries = fused.rope_write(qkv, *table, torch.tensor([4, 5, 6]), cache, base, 0)
+    out = fused.attend(queries, cache, base, 0, ancestors=None)
+    assert near(out, exact_attention(queries, cache, 4, 0, None))
+
+
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the tests above run here as they are")
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+def test_kernels_pass_interpreted() -> None:
+    # In a process of its own: Triton decides at its import whether it compiles.
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
