@@ -230,6 +230,7 @@ class Block:
         for arm in self.arms:
             self.child.announce(arm.job, "warm-up")
             with self.child.charged([arm.job], building=False):
+                arm.method.warm_up()
                 limit = min(self.settings.warmup_tokens, self.task.max_new_tokens)
                 tried = [attempt(arm.method, prompt, limit) for prompt in tokens]
                 problem = self._broken(arm, tried)

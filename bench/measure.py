@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from bench.record import Cost
 from bench.timer import Timer
-from methods.decode import Method
+from methods.decode import Method, read_tree
+from methods.graph import GRAPHS, Captured
 from methods.grow import Head
 from methods.kv import KVCache
 from methods.transformer import Transformer
@@ -55,12 +56,20 @@ def verify_cases(
 
 def _verify_case(target: Transformer, kv: KVCache, tree: Tree, batch: int) -> Case:
     context, n = kv.length, len(tree)
-    rows = tree.tokens.expand(batch, -1)
-    positions = context + tree.depths
+    known = torch.tensor([context])
+
+    def read(base: Tensor, tokens: Tensor, parents: Tensor) -> tuple[Tensor]:
+        taken, _ = read_tree(target, kv, base, tokens.expand(batch, -1), parents)
+        return (target.logits(taken.hidden),)
+
+    # Graphs are for one sequence, as all methods decode; rows of a batch are launched one by one.
+    captured = Captured(read, device=target.device, graphed=batch == 1)
+    with GRAPHS.warm_up():
+        captured(known, tree.tokens, tree.parents)
 
     def run() -> Tensor:
-        kv.rewind(context)
-        return target.logits(target(rows, positions, kv, tree.mask).hidden)
+        (logits,) = captured(known, tree.tokens, tree.parents)
+        return logits
 
     record = Cost(
         what="verify",
@@ -82,6 +91,7 @@ def draft_case(method: Method, tokens: list[int], *, steps: int, stride: int) ->
     Every run proposes `stride` tokens further on, for `steps` states before it starts over, since
     what a smaller model's own method does depends on the text. n and forwards are rounded means.
     """
+    method.warm_up()
     whole = method.prefill(tokens)
     states = []
     for behind in range(stride * (steps - 1), -1, -stride):

@@ -9,20 +9,22 @@ from torch import Tensor
 
 
 def visible(
-    mask: Tensor | None, *, n: int, length: int, scratch: int, device: torch.device
+    ancestors: Tensor | None, *, n: int, length: int, scratch: int, device: torch.device
 ) -> Tensor | None:
     """Spell out which slots each new token sees.
 
-    mask: [n, scratch + n] over the scratch slots, or None for reading in order: every earlier
-    slot and itself. Returns [n, length + scratch + n] bool, or None where every slot is seen.
+    ancestors: [n, depth] scratch slots of each token's path, then -1; None for reading in order:
+    every earlier slot and itself. Returns [n, length + scratch + n] bool, or None where every slot
+    is seen.
     """
-    if n == 1 and (mask is None or scratch == 0):
+    if n == 1 and (ancestors is None or scratch == 0):
         return None  # plain decoding must not pay for a mask
-    if mask is None:
+    if ancestors is None:
         return torch.ones(n, length + scratch + n, dtype=torch.bool, device=device).tril(
             length + scratch
         )
-    assert mask.shape == (n, scratch + n)
+    slots = torch.arange(scratch + n, device=device)
+    mask = (ancestors[:, :, None] == slots).any(dim=1)
     return torch.cat([mask.new_ones(n, length), mask], dim=1)
 
 

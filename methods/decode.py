@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from methods.fused import ancestry, commit, walk
 from methods.graph import GRAPHS, Captured
-from methods.kernels.commit import commit
-from methods.kernels.tree import ancestry, walk
 from methods.kv import KVCache
 from methods.transformer import Read, Transformer
 from methods.tree import Tree
@@ -177,7 +176,7 @@ class Method:
         """Read u unread tokens and a tree of n nodes below them; decide what stands of the tree.
 
         known: [2 + u] int64, the decided length, the seed and the unread tokens. Gives the path
-        (`methods.kernels.tree.walk`), [1 + 2n], and the features of all that was read, [u + n, F].
+        (`methods.fused.walk`), [1 + 2n], and the features of all that was read, [u + n, F].
         """
         base, seed, unread = known[:1], known[1:2], known[2:]
         u = len(unread)
@@ -186,7 +185,7 @@ class Method:
             self.target,
             self.kv,
             base,
-            torch.cat([unread, tokens]),
+            torch.cat([unread, tokens])[None],
             torch.cat([chain, parents + u]),
             taps=self.drafter.taps,
         )
@@ -226,13 +225,11 @@ def read_tree(
 ) -> tuple[Read, Tensor]:
     """Read a tree behind what is decided, and leave the scratch as if nothing had been read.
 
-    base: [1] int64, the decided length. tokens, parents: [n] as of a `Tree`. Gives what was read,
-    and the depths of the nodes, [n].
+    base: [1] int64, the decided length. tokens: [B, n]; parents: [n], as of a `Tree`. Gives what
+    was read, and the depths of the nodes, [n].
     """
-    mask, depths, ancestors = ancestry(parents)
-    read = target(
-        tokens[None], base + depths, kv, mask, taps=taps, base=base, ancestors=ancestors
-    )
+    _, depths, ancestors = ancestry(parents, len(parents))
+    read = target(tokens, base + depths, kv, ancestors, taps=taps, base=base)
     kv.scratch = 0
     return read, depths
 

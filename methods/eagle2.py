@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from methods.architecture import block_shapes
 from methods.checkpoint import Packer, load_lm_head

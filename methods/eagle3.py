@@ -21,9 +21,9 @@ from methods.architecture import FUSED, QKV, block_shapes
 from methods.checkpoint import Packer
 from methods.grow import Head, TreeRecipe
 from methods.head import EAGLE3, EMBEDDING, FLOATS, HeadFiles, open_head
+from methods.norm import RMSNorm
 from methods.recipe import Family, Parts
 from methods.rotation import Rotation, read_rotation
-from methods.norm import RMSNorm
 from methods.transformer import MLP, Attention, Shape
 from methods.window import Window
 from quant.formats import Spec

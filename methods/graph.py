@@ -9,6 +9,7 @@ next. Elsewhere than on a GPU, or when told to, a function simply runs.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class Graphs:
 
 
 GRAPHS = Graphs()
-_POOL: dict[int, object] = {}  # by device: all graphs of a process share their scratch memory
+# All graphs of a device share their scratch memory: they never run at once.
+_POOLS: dict[torch.device, Any] = {}
 
 
 @dataclass
@@ -101,15 +103,16 @@ class Captured:
         before = torch.cuda.memory_reserved(self._device)
         fixed = [tensor.to(self._device, copy=True) for tensor in inputs]
         staged = [None if t.is_cuda else torch.empty_like(t).pin_memory() for t in inputs]
-        side = torch.cuda.Stream(self._device)
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(WARMUP):
                 self._function(*fixed)
         torch.cuda.current_stream(self._device).wait_stream(side)
-        pool = _POOL.setdefault(self._device.index or 0, torch.cuda.graph_pool_handle())
+        if self._device not in _POOLS:
+            _POOLS[self._device] = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=_POOLS[self._device]):
             outputs = self._function(*fixed)
         GRAPHS.captured += 1
         GRAPHS.reserved_bytes += torch.cuda.memory_reserved(self._device) - before

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from methods.checkpoint import check_transformer
 from methods.decode import PREFILL_CHUNK, Drafter, State
+from methods.fused import best
 from methods.graph import Captured
-from methods.kernels.best import best
 from methods.kv import KVCache
 from methods.recipe import Family, Parts, Recipe
+from methods.rope import Turns
 from methods.transformer import Shape
 from methods.tree import Tree
 from methods.window import Window, window
@@ -43,6 +44,7 @@ class Head(nn.Module, ABC):
         self.shape = shape
         self.taps = taps
         self.register_buffer("embedding", embedding)
+        self.turns = Turns(shape.rope, shape.head_dim, shape.max_positions)
 
     @abstractmethod
     def enter(self, features: Tensor) -> Tensor:
@@ -71,21 +73,19 @@ class Head(nn.Module, ABC):
         hidden: Tensor,
         positions: Tensor,
         kv: KVCache,
-        mask: Tensor | None,
+        ancestors: Tensor | None,
         *,
         base: Tensor | None = None,
     ) -> Tensor:
         """Read pairs into scratch. tokens, positions: [m]; hidden: [m, D] -> [m, D].
 
-        mask: [m, scratch + m] bool over the scratch slots, None to read in order. base: as in
-        `methods.window`.
+        ancestors, base: as in `methods.window`.
         """
-        m = len(tokens)
-        rotation = self.shape.rope.angles(positions, self.shape.head_dim, hidden.dtype)
-        view = window(kv, rotation, mask, n=m, base=base, ancestors=None)
+        table = self.turns.table(hidden.dtype, hidden.device)
+        view = window(kv, table, positions, ancestors, base=base)
         embedded = F.embedding(tokens, self.embedding)
         output = self.layer(embedded[None], hidden[None], view)[0]
-        kv.extend(m)
+        kv.extend(len(tokens))
         return output
 
     def cache(self, capacity: int) -> KVCache:
@@ -104,14 +104,15 @@ class Head(nn.Module, ABC):
 class _Level:
     """The nodes that are expanded next, and how the pool knows them.
 
-    tokens, scores, pool: [K]; hidden: [K, D], of their parents; mask: [K, scratch + K].
+    tokens, scores, pool: [K]; hidden: [K, D], of their parents; ancestors: [K, m + depth] int32,
+    the scratch slots of their paths.
     """
 
     tokens: Tensor
     scores: Tensor
     pool: Tensor
     hidden: Tensor
-    mask: Tensor
+    ancestors: Tensor
 
 
 class TreeDrafter(Drafter):
@@ -191,10 +192,11 @@ class TreeDrafter(Drafter):
         k, m = self.top_k, len(features)
         base, read = fresh[:1], fresh[1:]
         positions = base + torch.arange(m, device=self.device)
-        output = self.head(
-            read, self.head.enter(features), positions, self.kv, None, base=base
-        )[-1:]
-        eye = torch.eye(k, dtype=torch.bool, device=self.device)
+        output = self.head(read, self.head.enter(features), positions, self.kv, None, base=base)[
+            -1:
+        ]
+        slots = torch.arange(m + k, dtype=torch.int32, device=self.device)
+        own = slots[m:, None]
         scores, tokens = self._best(output)
         pool_scores, pool_tokens = [scores[0]], [tokens[0]]
         pool_parents = [torch.full_like(tokens[0], -1)]
@@ -202,13 +204,13 @@ class TreeDrafter(Drafter):
             tokens=tokens[0],
             scores=scores[0],
             pool=torch.arange(k, device=self.device),
-            hidden=output.expand(k, -1),
-            mask=torch.cat([eye.new_ones(k, m), eye], dim=1),
+            hidden=output.repeat(k, 1),
+            ancestors=torch.cat([slots[:m].expand(k, m), own], dim=1),
         )
         for step in range(self.depth - 1):
             positions = (base + m + step).expand(k)
             hidden = self.head(
-                level.tokens, level.hidden, positions, self.kv, level.mask, base=base
+                level.tokens, level.hidden, positions, self.kv, level.ancestors, base=base
             )
             scores, tokens = self._best(hidden)
             paths = (level.scores[:, None] + scores).flatten()
@@ -222,7 +224,7 @@ class TreeDrafter(Drafter):
                 scores=kept_scores,
                 pool=k + step * k * k + kept,
                 hidden=hidden[parent],
-                mask=torch.cat([level.mask[parent], eye], dim=1),
+                ancestors=torch.cat([level.ancestors[parent], own + (step + 1) * k], dim=1),
             )
         self.kv.scratch = 0
         return prune(

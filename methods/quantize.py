@@ -128,8 +128,8 @@ class BlockQuantizer:
             device=x.device,
         )
         positions = torch.arange(n, device=x.device)
-        rotation = self.shape.rope.angles(positions, self.shape.head_dim, x.dtype)
-        view = window(kv, rotation, None, n=n, base=None, ancestors=None)
+        table = self.shape.rope.angles(positions, self.shape.head_dim, x.dtype)
+        view = window(kv, table, positions, None, base=None)
         _, stream, delta = block(x, None, view, 0)
         out: Tensor = stream + delta
         return out

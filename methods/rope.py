@@ -143,6 +143,22 @@ class Rope:
         return cos.to(dtype), sin.to(dtype)
 
 
+class Turns:
+    """The angles of every position, computed once for each dtype and device that asks."""
+
+    def __init__(self, rope: Rope, head_dim: int, positions: int) -> None:
+        self._rope, self._dim, self._positions = rope, head_dim, positions
+        self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def table(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each [positions, d]."""
+        key = dtype, device
+        if key not in self._tables:
+            positions = torch.arange(self._positions, device=device)
+            self._tables[key] = self._rope.angles(positions, self._dim, dtype)
+        return self._tables[key]
+
+
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Turn each pair (i, i + d / 2) by its angle. x: [B, H, n, d] -> the same shape."""
     cos, sin = rotation

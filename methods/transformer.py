@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.kernels.gate import silu_mul
+from methods.fused import silu_mul
 from methods.kv import KVCache
 from methods.norm import HeadNorm, RMSNorm
-from methods.rope import Rope
+from methods.rope import Rope, Turns
 from methods.window import Window, window
 from quant.scheme import QuantLinear
 
@@ -99,7 +99,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, n, D] -> [B, n, D]."""
-        out: Tensor = self.down(silu_mul(self.gate_up(x)))
+        gate_up: Tensor = self.gate_up(x)
+        gated = silu_mul(gate_up.flatten(0, -2))
+        out: Tensor = self.down(gated.view(*gate_up.shape[:-1], -1))
         return out
 
 
@@ -151,6 +153,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
         self.lm_head = lm_head
+        self.turns = Turns(shape.rope, shape.head_dim, shape.max_positions)
 
     @property
     def device(self) -> torch.device:
@@ -180,22 +183,20 @@ class Transformer(nn.Module):
         tokens: Tensor,
         positions: Tensor,
         kv: KVCache,
-        mask: Tensor | None = None,
+        ancestors: Tensor | None = None,
         *,
         taps: tuple[int, ...] = (),
         base: Tensor | None = None,
-        ancestors: Tensor | None = None,
     ) -> Read:
         """Read tokens into scratch.
 
-        tokens: [B, n] int64. positions: [n] int64, the same for every row. mask: [n, scratch + n]
-        bool over the scratch slots, None to read in order. taps: which streams to keep as
-        features, side by side: i is the residual input of layer i, num_layers the output of the
-        final norm; F = len(taps) * D. base, ancestors: as in `methods.window`.
+        tokens: [B, n] int64. positions: [n] int64, the same for every row. ancestors, base: as in
+        `methods.window`. taps: which streams to keep as features, side by side: i is the residual
+        input of layer i, num_layers the output of the final norm; F = len(taps) * D.
         """
         n = tokens.shape[1]
-        rotation = self.shape.rope.angles(positions, self.shape.head_dim, self.dtype)
-        view = window(kv, rotation, mask, n=n, base=base, ancestors=ancestors)
+        table = self.turns.table(self.dtype, self.device)
+        view = window(kv, table, positions, ancestors, base=base)
         streams: dict[int, Tensor] = {}
         x, delta = F.embedding(tokens, self.embedding), None
         for layer, block in enumerate(self.blocks):

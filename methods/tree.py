@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from methods.kernels.tree import ancestry
+from methods.fused import ancestry
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,28 @@ class Tree:
     def chain(cls, tokens: Sequence[int]) -> Self:
         """Make a tree without branches, on the host; tokens[0] is the root."""
         return cls(
-            tokens=torch.tensor(tokens, dtype=torch.int64), parents=torch.arange(-1, len(tokens) - 1)
+            tokens=torch.tensor(tokens, dtype=torch.int64),
+            parents=torch.arange(-1, len(tokens) - 1),
         )
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     @cached_property
+    def _ancestry(self) -> tuple[Tensor, Tensor, Tensor]:
+        return ancestry(self.parents, len(self))
+
+    @property
     def mask(self) -> Tensor:
         """[n, n] bool: whether j is i or an ancestor of i."""
-        return ancestry(self.parents)[0]
+        return self._ancestry[0]
 
-    @cached_property
+    @property
     def depths(self) -> Tensor:
         """[n] int64: number of ancestors; 0 for the root."""
-        return ancestry(self.parents)[1]
+        return self._ancestry[1]
+
+    @property
+    def ancestors(self) -> Tensor:
+        """[n, n] int32: every node's path from the root, itself last, then -1."""
+        return self._ancestry[2]

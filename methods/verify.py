@@ -23,8 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.kernels.best import argmax
-
+from methods.fused import argmax
 
 
 class Rule(ABC):

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from methods.attention import attend, visible
-from methods.kernels.attention import attend as attend_slots
-from methods.kernels.rope_write import rope_write
+from methods import attention, fused
 from methods.kv import KVCache
 from methods.norm import HeadNorm
 from methods.rope import rotate
@@ -24,11 +22,12 @@ from methods.rope import rotate
 class Window(ABC):
     """What every layer of one read has in common.
 
-    rotation: cosines and sines of the new tokens' positions, each [n, d].
+    table: cosines and sines of every position, each [P, d]. positions: [n] int64.
     """
 
     kv: KVCache
-    rotation: tuple[Tensor, Tensor]
+    table: tuple[Tensor, Tensor]
+    positions: Tensor
 
     @abstractmethod
     def attend(
@@ -57,61 +56,59 @@ class Slices(Window):
         turning = fused[:, :-groups]
         if norm is not None:
             turning = norm(turning)
-        turned = rotate(turning, self.rotation)
+        cos, sin = self.table
+        turned = rotate(turning, (cos[self.positions], sin[self.positions]))
         keys, values = self.kv.write(layer, turned[:, -groups:], fused[:, -groups:])
-        return attend(turned[:, :-groups], keys, values, self.seen)
+        return attention.attend(turned[:, :-groups], keys, values, self.seen)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slots(Window):
     """Slots behind a length that only the device knows; batch 1.
 
-    base: [1] int64, the number of decided slots. mask: [n, scratch + n] bool over the scratch
-    slots, None to read in order. ancestors: [n, depth] int32, the scratch slots of each token's
-    path, itself last, then -1.
+    base: [1] int64, the number of decided slots. ancestors: as `window` takes them.
     """
 
     base: Tensor
-    mask: Tensor | None
     ancestors: Tensor | None
 
     def attend(
         self, layer: int, projected: Tensor, *, bias: Tensor | None, norm: HeadNorm | None
     ) -> Tensor:
         """As in `Window`."""
-        cache = self.kv.data[layer, :, 0]
-        queries = rope_write(
+        cache, scratch = self.kv.data[layer, :, 0], self.kv.scratch
+        queries = fused.rope_write(
             projected[0],
-            *self.rotation,
+            *self.table,
+            self.positions,
             cache,
             self.base,
-            self.kv.scratch,
-            bias=bias,
+            scratch,
             norm=None if norm is None else norm.weight,
             eps=0.0 if norm is None else norm.eps,
+            bias=bias,
         )
-        out = attend_slots(
-            queries, cache, self.base, self.kv.scratch, self.mask, ancestors=self.ancestors
-        )
-        return out[None]
+        return fused.attend(queries, cache, self.base, scratch, ancestors=self.ancestors)[None]
 
 
 def window(
     kv: KVCache,
-    rotation: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    *,
-    n: int,
-    base: Tensor | None,
+    table: tuple[Tensor, Tensor],
+    positions: Tensor,
     ancestors: Tensor | None,
+    *,
+    base: Tensor | None,
 ) -> Window:
-    """Open a read of n tokens behind all that is in the cache.
+    """Open a read of n tokens behind all that is in the cache. table, positions: as in `Window`.
 
-    base: [1], the length as the device knows it; None where the host's own is meant, which is the
-    same number whenever something runs outside a graph.
+    ancestors: [n, depth] int32, the scratch slots of each token's path, itself last, then -1; None
+    to read in order. base: [1], the number of decided slots where only the device knows it.
     """
+    n = len(positions)
     kv.reserve(n)
-    if base is not None and kv.data.is_cuda:
-        return Slots(kv=kv, rotation=rotation, base=base, mask=mask, ancestors=ancestors)
-    seen = visible(mask, n=n, length=kv.length, scratch=kv.scratch, device=kv.data.device)
-    return Slices(kv=kv, rotation=rotation, seen=seen)
+    if base is not None and kv.data.is_cuda and kv.data.shape[2] == 1:
+        return Slots(kv=kv, table=table, positions=positions, base=base, ancestors=ancestors)
+    seen = attention.visible(
+        ancestors, n=n, length=kv.length, scratch=kv.scratch, device=kv.data.device
+    )
+    return Slices(kv=kv, table=table, positions=positions, seen=seen)

@@ -67,7 +67,7 @@ def test_a_tree_reads_as_each_of_its_paths_would(tmp_path: Path) -> None:
     kv = model.cache(20)
     model(prompt, torch.arange(9), kv)
     kv.commit(range(9))
-    read = model(tree.tokens[None], 9 + tree.depths, kv, tree.mask)
+    read = model(tree.tokens[None], 9 + tree.depths, kv, tree.ancestors)
     got = model.logits(read.hidden[0])
     for node in range(len(tree)):
         path = tree.tokens[tree.mask[node]]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from methods.kernels.tree import walk
+from methods.fused import walk
 from methods.tree import Tree
 from methods.verify import Greedy, Sampled
 
