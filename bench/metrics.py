@@ -14,9 +14,9 @@ from bench.record import STAGES, Cost, Generation
 
 # The stages charged to a method: everything after the target has read the prompt. The drafter's
 # own reading of the prompt is in, because without the method nobody would have paid for it.
-CHARGED = ("draft_prefill", "draft", "verify", "commit")
+CHARGED = ("draft_prefill", "host", "draft", "verify", "commit")
 # What repeats with every step; the drafter's own reading of the prompt is left out.
-DECODE = ("draft", "verify", "commit")
+DECODE = ("host", "draft", "verify", "commit")
 # What a user waits for: the target's reading of the prompt is in.
 REQUEST = ("prefill", *CHARGED)
 

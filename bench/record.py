@@ -32,7 +32,7 @@ VANILLA = "vanilla"  # the method that every other is compared with
 # Stages of a generation, in the order in which they happen. `draft_prefill` is the drafter's own
 # reading of the prompt; it is charged to the method. `stop` is the task's look at the text, the
 # same for all; it is charged to none.
-STAGES = ("prefill", "draft_prefill", "draft", "verify", "commit", "stop")
+STAGES = ("prefill", "draft_prefill", "host", "draft", "verify", "commit", "stop")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from methods.transformer import Read, Transformer
 from methods.tree import Tree
 from methods.verify import Rule
 
-# Told each stage's name as it ends: prefill, draft_prefill, then draft, verify, commit and stop
-# (the caller's own look at the new tokens) of every step.
+# Told each stage's name as it ends: prefill, draft_prefill, then host (what the device waits for),
+# draft, verify, commit and stop (the caller's own look at the new tokens) of every step.
 Mark = Callable[[str], None]
 
 # Prompts are read in chunks, so that activations of a long one stay small.
@@ -74,8 +74,11 @@ class Drafter(ABC):
         """Read the prompt; nothing of an earlier one may be reused."""
 
     @abstractmethod
-    def propose(self, state: State) -> Tree:
-        """Give a tree whose root is state.tokens[-1]."""
+    def propose(self, state: State, mark: Mark = unmarked) -> Tree:
+        """Give a tree whose root is state.tokens[-1].
+
+        mark: told `host` wherever the device has waited for the host and waits no longer.
+        """
 
 
 class Method:
@@ -149,17 +152,17 @@ class Method:
 
     def step(self, state: State, mark: Mark = unmarked) -> State:
         """Draft, verify, commit: emit at least one token."""
-        tree = self.drafter.propose(state)
-        mark("draft")
         start = self.kv.length
         unread = state.tokens[start:-1]
-        self.kv.reserve(len(unread) + len(tree))
         known = torch.tensor([start, state.seed, *unread])
+        self.kv.reserve(len(unread) + self.drafter.max_nodes)
+        tree = self.drafter.propose(state, mark)
+        mark("draft")
         path, features = self._verify(known, tree.tokens, tree.parents)
         mark("verify")
         self._commit(known, path, features)
-        mark("commit")
         count, *rest = path.tolist()  # sync: the only one of a step
+        mark("commit")
         tokens = rest[len(tree) :][:count]
         self.kv.advance(len(unread) + count)
         self.cached += [*state.tokens[start:], *tokens[:-1]]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.checkpoint import check_transformer
-from methods.decode import PREFILL_CHUNK, Drafter, State
+from methods.decode import PREFILL_CHUNK, Drafter, Mark, State, unmarked
 from methods.fused import best
 from methods.graph import Captured
 from methods.kv import KVCache
@@ -150,7 +150,7 @@ class TreeDrafter(Drafter):
             self.kv.rewind(0)
             self._draft(torch.zeros(1 + m, dtype=torch.int64), rows[:m])
 
-    def propose(self, state: State) -> Tree:
+    def propose(self, state: State, mark: Mark = unmarked) -> Tree:
         """Read what was decided since, then draft behind it.
 
         Where the target has not read a decided token yet, its feature lacks and only the root is
@@ -160,14 +160,15 @@ class TreeDrafter(Drafter):
         # A pair stands while both its tokens do; the newest is read anew for its output.
         self.kv.rewind(max(min(self.kv.length, state.kept - 1, last - 1), 0))
         if last == 0 or len(state.features) < last:
+            mark("host")
             return Tree.chain(state.tokens[-1:])
         if last - self.kv.length > self.depth + 2:
             self._read_pairs(state, end=last - 1)
         start = self.kv.length
         self.kv.reserve(last - start + self.top_k * (self.depth - 1))
-        tokens, parents = self._draft(
-            torch.tensor([start, *state.tokens[start + 1 :]]), state.features[start:last]
-        )
+        fresh = torch.tensor([start, *state.tokens[start + 1 :]])
+        mark("host")
+        tokens, parents = self._draft(fresh, state.features[start:last])
         self.kv.advance(last - start)
         return Tree(tokens=tokens, parents=parents)
 

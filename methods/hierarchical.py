@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from methods.checkpoint import check_transformer
-from methods.decode import Drafter, Method, State
+from methods.decode import Drafter, Mark, Method, State, unmarked
 from methods.recipe import Family, Parts, Recipe
 from methods.tree import Tree
 
@@ -46,13 +46,17 @@ class HierarchicalDrafter(Drafter):
         """Let the smaller model and its drafter read the prompt."""
         self.method.prefill(state.tokens, seed=state.seed)
 
-    def propose(self, state: State) -> Tree:
+    def propose(self, state: State, mark: Mark = unmarked) -> Tree:
         """Collect inner steps into a chain."""
         root = len(state.tokens) - 1
         inner = self.method.resume(state.tokens, seed=state.seed)
         while len(inner.tokens) <= root + self.min_draft:
-            inner = self.method.step(inner)
-        return Tree.chain(inner.tokens[root:])
+            inner = self.method.step(
+                inner, lambda stage: mark("host" if stage == "host" else "draft")
+            )
+        tree = Tree.chain(inner.tokens[root:])
+        mark("host")
+        return tree
 
 
 @dataclass(frozen=True, kw_only=True)

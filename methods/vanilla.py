@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from methods.decode import Drafter, State
+from methods.decode import Drafter, Mark, State, unmarked
 from methods.recipe import Family, Parts, Recipe
 from methods.tree import Tree
 
@@ -27,9 +27,11 @@ class VanillaDrafter(Drafter):
     def begin(self, state: State) -> None:
         """Read nothing."""
 
-    def propose(self, state: State) -> Tree:
+    def propose(self, state: State, mark: Mark = unmarked) -> Tree:
         """Give the root."""
-        return Tree.chain(state.tokens[-1:])
+        tree = Tree.chain(state.tokens[-1:])
+        mark("host")
+        return tree
 
 
 @dataclass(frozen=True, kw_only=True)

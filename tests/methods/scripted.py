@@ -1,6 +1,6 @@
 """Drafters whose drafts are known beforehand."""
 
-from methods.decode import Drafter, State
+from methods.decode import Drafter, Mark, State, unmarked
 from methods.tree import Tree
 
 
@@ -27,7 +27,7 @@ class Scripted(Drafter):
     def begin(self, state: State) -> None:
         pass
 
-    def propose(self, state: State) -> Tree:
+    def propose(self, state: State, mark: Mark = unmarked) -> Tree:
         known = len(state.tokens)
         drafts = [(t + self.error) % self.vocab for t in self.script[known : known + self.depth]]
         return Tree.chain([state.tokens[-1], *drafts])

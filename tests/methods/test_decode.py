@@ -105,4 +105,4 @@ def test_a_prompt_longer_than_the_context_is_refused(parts: Parts) -> None:
 def test_marks_come_in_the_order_of_the_stages(parts: Parts) -> None:
     marks: list[str] = []
     generate(Vanilla().method(parts), PROMPT, limit=2, stop=never, mark=marks.append)
-    assert marks == ["prefill", "draft_prefill"] + ["draft", "verify", "commit", "stop"] * 2
+    assert marks == ["prefill", "draft_prefill"] + ["host", "draft", "verify", "commit", "stop"] * 2

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from methods.decode import Drafter, Method, Output, State, generate
+from methods.decode import Drafter, Mark, Method, Output, State, generate, unmarked
 from methods.eagle2 import Eagle2
 from methods.eagle3 import Eagle3
 from methods.grow import TreeRecipe, prune
@@ -74,8 +74,8 @@ class Checked(Drafter):
     def begin(self, state: State) -> None:
         self.inner.begin(state)
 
-    def propose(self, state: State) -> Tree:
-        tree = self.inner.propose(state)
+    def propose(self, state: State, mark: Mark = unmarked) -> Tree:
+        tree = self.inner.propose(state, mark)
         if len(tree) == 1:
             self.bare += 1
             return tree

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from methods.decode import Drafter, Method, State
+from methods.decode import Drafter, Mark, Method, State, unmarked
 from methods.eagle2 import Eagle2
 from methods.eagle3 import Eagle3
 from methods.grow import TreeRecipe
@@ -86,8 +86,8 @@ class Noted(Drafter):
     def begin(self, state: State) -> None:
         self.inner.begin(state)
 
-    def propose(self, state: State) -> Tree:
-        tree = self.inner.propose(state)
+    def propose(self, state: State, mark: Mark = unmarked) -> Tree:
+        tree = self.inner.propose(state, mark)
         self.trees.append([tree.tokens[row].tolist() for row in tree.mask])
         return tree
 

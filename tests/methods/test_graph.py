@@ -1,0 +1,102 @@
+"""Graphs give what calls give: the same bits, in every method, and nothing escapes them."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from methods.calibrate import load_calibrated
+from methods.decode import Method, Output, generate
+from methods.eagle2 import Eagle2
+from methods.eagle3 import Eagle3
+from methods.graph import GRAPHS, Captured
+from methods.hierarchical import Hierarchical
+from methods.recipe import Family, Parts, Recipe
+from methods.transformer import Transformer
+from methods.vanilla import Vanilla
+from methods.verify import Greedy
+from quant.dense import Dense
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+PROMPT = [0, 5, 17, 23, 42, 8, 61]
+TREE = {"depth": 4, "top_k": 4, "nodes": 14}
+RECIPES: dict[str, Recipe] = {
+    "vanilla": Vanilla(),
+    "eagle2": Eagle2(**TREE),
+    "eagle3": Eagle3(**TREE),
+    "chain": Hierarchical(min_draft=4, inner=Vanilla()),
+    "hierarchical": Hierarchical(min_draft=5, inner=Eagle2(**TREE)),
+}
+
+
+def test_elsewhere_than_on_a_gpu_a_function_simply_runs() -> None:
+    calls = []
+
+    def double(x: Tensor) -> tuple[Tensor]:
+        calls.append(x.shape)
+        return (2 * x,)
+
+    captured = Captured(double, device=torch.device("cpu"))
+    with GRAPHS.warm_up():
+        captured(torch.ones(3))
+    assert captured(torch.ones(4))[0].tolist() == [2, 2, 2, 2]
+    assert calls == [(3,), (4,)]
+
+
+def parts_of(family: Family, dtype: torch.dtype) -> Parts:
+    @cache
+    def load(folder: Path) -> Transformer:
+        return load_calibrated(
+            folder,
+            scheme=Dense(),
+            dense=Dense(),
+            lm_head=Dense(),
+            dtype=dtype,
+            device=torch.device("cuda"),
+            texts=[],
+        )
+
+    return Parts(
+        target=load(family.target),
+        family=family,
+        rule=Greedy(),
+        context=200,
+        scheme=Dense(),
+        lm_head=None,
+        dense=Dense(),
+        load=load,
+    )
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def parts(request: pytest.FixtureRequest, family: Family) -> Iterator[Parts]:
+    yield parts_of(family, request.param)
+
+
+def decode(method: Method) -> Output:
+    return generate(method, PROMPT, limit=100, stop=lambda _: None)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("name", RECIPES)
+def test_graphs_give_what_calls_give_and_miss_no_step(parts: Parts, name: str) -> None:
+    called = decode(RECIPES[name].method(parts))
+    method = RECIPES[name].method(parts)
+    method.warm_up()
+    missed = GRAPHS.missed
+    assert decode(method) == called
+    assert GRAPHS.missed == missed
+    assert decode(method) == called
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("name", list(RECIPES)[1:])
+def test_in_float32_every_method_gives_plain_decodings_tokens(family: Family, name: str) -> None:
+    parts = parts_of(family, torch.float32)
+    expected = decode(Vanilla().method(parts)).token_ids
+    assert decode(RECIPES[name].method(parts)).token_ids == expected
