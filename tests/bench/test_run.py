@@ -148,6 +148,8 @@ def test_a_record_holds_what_happened(swept: tuple[list[str], int]) -> None:
     found = generations(results(swept[0]) / f"lab.dense.eagle2.{END}")
     assert [g.prompt_tokens for g in found] == list(LENGTHS)
     assert [g.arm_order for g in found] == [2, 0, 1, 1]  # of vanilla, chain and itself
+    beside = generations(results(swept[0]) / f"lab.dense.vanilla.{END}")
+    assert len({g.run for g in (*found, *beside)}) == 1  # timed side by side
     for g in found:
         steps = len(g.accepted)
         assert (g.status, g.stop, len(g.token_ids)) == ("ok", "limit", LIMIT)
@@ -314,6 +316,7 @@ def test_a_kill_in_the_middle_loses_nothing_and_doubles_nothing(tmp_path: Path, 
     assert out.count(": done") == 2
     resumed = answers(eagle2)
     assert generations(eagle2)[0] == killed[0]
+    assert len({g.run for g in generations(eagle2)}) == 2
 
     elsewhere = [f"results_dir={tmp_path / 'whole'}", "task.max_new_tokens=24"]
     _, whole = work([*world, *elsewhere], "vanilla", "eagle2")
