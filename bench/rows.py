@@ -22,6 +22,12 @@ def target_label(scheme: str, lm_head: str, folder: str) -> str:
     return scheme + head + (f" ({folder})" if folder else "")
 
 
+def arm_label(method: str, draft_scheme: str) -> str:
+    """Name a method, and its drafter's scheme where that is quantised."""
+    quantised = draft_scheme and not is_dense(draft_scheme)
+    return method + (f", drafter {draft_scheme}" if quantised else "")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CellRow:
     """One cell of generations as table.csv has it; None where nothing was or could be measured."""
@@ -98,10 +104,8 @@ class CellRow:
     @property
     def arm(self) -> str:
         """The column of a matrix: the method, and what is unusual about its drafter."""
-        quantised = self.draft_scheme and not is_dense(self.draft_scheme)
-        drafter = f", drafter {self.draft_scheme}" if quantised else ""
         replayed = "" if self.acceptance == "measured" else f" [{self.acceptance}]"
-        return self.method + drafter + replayed
+        return arm_label(self.method, self.draft_scheme) + replayed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +172,11 @@ class CostRow:
     def target(self) -> str:
         """A line of a figure."""
         return target_label(self.scheme, self.lm_head, self.folder)
+
+    @property
+    def arm(self) -> str:
+        """The method, and its drafter's scheme where it is quantised."""
+        return arm_label(self.method, self.draft_scheme)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ def cost_table(rows: Sequence[CostRow]) -> str:
             lines += [*_aligned(table, right=range(1, len(table[0]))), ""]
         drafts = [r for r in here if r.what == "draft"]
         table = [["scheme", "method", "n", "T_draft", "T_draft / T_1"]]
-        table += [[r.target, r.method, f"{r.n}", _milliseconds(r), _times(r)] for r in drafts]
+        table += [[r.target, r.arm, f"{r.n}", _milliseconds(r), _times(r)] for r in drafts]
         if drafts:
             lines.append(f"A proposal of n tokens after {context}:")
             lines += [*_aligned(table, right=(2, 3, 4)), ""]

@@ -233,7 +233,7 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 def test_a_table_of_costs_says_what_reading_and_drafting_take(tmp_path: Path) -> None:
     timed = [cost("verify", 1, [0.002] * 2), cost("verify", 8, [0.003] * 2)]
     write_cell(tmp_path / "cost", replace(CELL, door="cost", method="", task=""), timed)
-    drafter = replace(CELL, door="cost", method="chain", draft_scheme="dense", task="")
+    drafter = replace(CELL, door="cost", method="chain", draft_scheme="w8a8", task="")
     write_cell(tmp_path / "cost-chain", drafter, [cost("draft", 5, [0.001] * 2)])
     assert terminal.cost_table(cost_rows(load(tmp_path), BOOTSTRAP)) == (
         "T_v(n) / T_1 of n tokens after 64, batch 1:\n"
@@ -241,8 +241,8 @@ def test_a_table_of_costs_says_what_reading_and_drafting_take(tmp_path: Path) ->
         "  dense   2 ms  1.00  1.50\n"
         "\n"
         "A proposal of n tokens after 64:\n"
-        "  scheme  method  n  T_draft  T_draft / T_1\n"
-        "  dense   chain   5     1 ms           0.50\n"
+        "  scheme  method               n  T_draft  T_draft / T_1\n"
+        "  dense   chain, drafter w8a8  5     1 ms           0.50\n"
         "\n"
     )
 
