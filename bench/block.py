@@ -63,7 +63,10 @@ class Block:
 def is_finished(arm: Arm) -> bool:
     """Tell whether an arm's records stand and are what it would give."""
     status = read_status(arm.folder)
-    return status is not None and status.state == "done" and _same(_read_cell(arm.folder), arm)
+    if status is None or status.state != "done":
+        return False
+    cell = _read_cell(arm.folder)
+    return cell is not None and not _changed(cell, arm.cell)
 
 
 def read_status(folder: Path) -> Status | None:
@@ -113,8 +116,11 @@ def _ended(arm: Arm) -> Status:
 def _prepare(arm: Arm, block: Block) -> None:
     """Give an arm a folder of its own identity and no status."""
     cell = _read_cell(arm.folder)
-    if cell is not None and not _same(cell, arm):
-        _move_aside(arm.folder, block)
+    if cell is not None and (changed := _changed(cell, arm.cell)):
+        place = _move_aside(arm.folder, block)
+        sys.stderr.write(
+            f"{arm.name}: measured with other {' and '.join(changed)}, moved aside to {place}\n"
+        )
     arm.folder.mkdir(parents=True, exist_ok=True)
     (arm.folder / STATUS).unlink(missing_ok=True)
     OmegaConf.save(OmegaConf.create(arm.config), arm.folder / CONFIG)
@@ -123,13 +129,13 @@ def _prepare(arm: Arm, block: Block) -> None:
         write_json(arm.folder / STATUS, Status(state="unsupported", reason=arm.problem))
 
 
-def _move_aside(folder: Path, block: Block) -> None:
+def _move_aside(folder: Path, block: Block) -> Path:
     place = block.results_dir / STALE / block.campaign.relative_to(block.results_dir)
     place.mkdir(parents=True, exist_ok=True)
     number = 1
     while (place / f"{folder.name}.{number}").exists():
         number += 1
-    folder.rename(place / f"{folder.name}.{number}")
+    return folder.rename(place / f"{folder.name}.{number}")
 
 
 def _write_job(
@@ -229,16 +235,14 @@ def _read_cell(folder: Path) -> Cell | None:
     return _parsed(Cell, path) if path.exists() else None
 
 
-def _same(cell: Cell | None, arm: Arm) -> bool:
-    """Compare identities; labels and the tie threshold are no part of them."""
-    if cell is None:
-        return False
-    mine = arm.cell
-    return (cell.config_hash, cell.code_hash, cell.weight_hashes) == (
-        mine.config_hash,
-        mine.code_hash,
-        mine.weight_hashes,
-    )
+def _changed(one: Cell, other: Cell) -> list[str]:
+    """What two identities differ in; labels and the tie threshold are no part of them."""
+    parts = {
+        "settings": (one.config_hash, other.config_hash),
+        "code": (one.code_hash, other.code_hash),
+        "weights": (one.weight_hashes, other.weight_hashes),
+    }
+    return [name for name, (mine, theirs) in parts.items() if mine != theirs]
 
 
 def _parsed(kind: type[R], path: Path) -> R:

@@ -21,7 +21,7 @@ from bench.acceptance import attempt, broken, drafting
 from bench.build import PACKAGES
 from bench.child import ArmJob, Child, run_child
 from bench.config import Config, parse
-from bench.context import write_context
+from bench.context import run_name, write_context
 from bench.load import Loader, context_of
 from bench.lossless import divergence
 from bench.record import RECORDS, Generation, Status, append_line, read_lines, write_lines
@@ -108,6 +108,7 @@ class Block:
         self.settings = arms[0].config.settings
         self.context = context_of(self.settings, loader.target)
         self.vanilla = _vanilla(child.job.baseline, arms)
+        self.run_name = run_name()
 
     def run(self) -> None:
         """Run what every arm lacks, together where they lack the same, then end them."""
@@ -165,6 +166,7 @@ class Block:
             status="too_long",
             prompt_tokens=len(tokens),
             arm_order=place,
+            run=self.run_name,
         )
         if not self._fits(tokens):
             return answer

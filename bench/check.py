@@ -45,6 +45,12 @@ def check_quality(config: Config, positions: int) -> None:
         )
     if not evaluation.kl:
         return
+    if evaluation.reference is None and config.schemes.target.as_stored:
+        stored = stored_in(target, config.schemes.target, config.schemes.lm_head)
+        raise ValueError(
+            "quality.reference must be the folder of the dense model that the target was "
+            f"quantised from, or quality.kl false, got null: {target} holds {stored.label}"
+        )
     try:
         shape = check_transformer(config.reference)
         stored_in(config.reference, config.schemes.dense, config.schemes.dense)

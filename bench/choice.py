@@ -6,14 +6,19 @@ makes the same folder stale, and a sweep over a parameter gives every value a fo
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from bench import hub
+from bench.build import named_node
 from bench.identity import IRRELEVANT, digest
 
 GROUPS = ("model", "quant", "method", "task")
-# Where things lie is no choice between things: what lies there is known by its hash.
+TARGET = "model.target"
+# Where things lie is no choice between things: what lies there is known by its hash. The name of a
+# target's folder is one, where it is not the model's own (`Choice.reading`).
 PLACES = (
-    "model.target",
+    TARGET,
     "model.heads",
     "model.small",
     "model.calibration",
@@ -21,6 +26,7 @@ PLACES = (
     "task.data_dir",
     "quality.reference",
 )
+SCORE = "score."  # how a task's answers are judged
 MAX_NAME = 200  # bytes of a folder's name; file systems take 255
 
 
@@ -45,9 +51,22 @@ class Choice:
     def label(self, group: str) -> str:
         """The choice in a group with what was changed in it, such as `eagle2[depth=3]`."""
         start = f"{group}."
-        own = sorted((k, v) for k, v in self.overrides.items() if k.startswith(start))
-        inside = ",".join(f"{key.removeprefix(start)}={value}" for key, value in own)
+        starts = (start, SCORE) if group == "task" else (start,)
+        own = sorted((k, v) for k, v in self.overrides.items() if k.startswith(starts))
+        inside = ",".join(f"{k.removeprefix(start)}={v}" for k, v in own if k != TARGET)
         return self.names[group] + (f"[{inside}]" if inside else "")
+
+    @property
+    def folder(self) -> str:
+        """Name of the target's folder, where it is not the model's own; else empty."""
+        return self.overrides.get(TARGET, "")
+
+    def reading(self, target: str) -> "Choice":
+        """Tell a target of another name from the model's own. target: a folder or a hub id."""
+        own = named_node("model", self.names["model"], key="model")[TARGET.rpartition(".")[2]]
+        if _last(target) == _last(own):
+            return self
+        return replace(self, overrides={**self.overrides, TARGET: _last(target)})
 
     def less(self, *prefixes: str, **names: str) -> "Choice":
         """Leave out overrides, and choose other files."""
@@ -75,3 +94,8 @@ def choose(names: Mapping[str, str], overrides: Sequence[str]) -> Choice:
             if key not in (*GROUPS, *IRRELEVANT, "experiment") and not key.startswith(PLACES)
         },
     )
+
+
+def _last(name: str) -> str:
+    """Last part of a folder's path, or of a hub id with its revision."""
+    return name.partition("/")[2] if hub.is_id(name) else Path(name).name

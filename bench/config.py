@@ -205,6 +205,14 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     return tree
 
 
+def as_dense(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a resolved tree with the target of quant=dense."""
+    return {
+        **tree,
+        "quant": named_node("quant", DENSE, key="quant") | {LM_HEAD: tree["quant"][LM_HEAD]},
+    }
+
+
 def parse(tree: Mapping[str, Any], *, packages: tuple[str, ...] = PACKAGES) -> Config:
     """Build everything from a resolved tree, or raise ValueError with the key's full name."""
     groups = ("model", "quant", "method", "task", "score", COST, QUALITY)

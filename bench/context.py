@@ -47,6 +47,11 @@ def context(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def run_name() -> str:
+    """Name this process: two processes of one machine never share it."""
+    return f"{datetime.now(UTC).isoformat(timespec='seconds')}/{os.getpid()}"
+
+
 def write_context(folder: Path, device: torch.device, argv: Sequence[str]) -> None:
     """Write a cell's context.json, and note there that its records are gone on with.
 

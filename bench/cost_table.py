@@ -14,19 +14,18 @@ from bench.stats import Bootstrap
 def cost_rows(campaign: Campaign, bootstrap: Bootstrap) -> list[CostRow]:
     """Give one row per measured cost, and one per cost cell that has none."""
     merged = {c.name: _merged(c.costs) if c.done else [] for c in campaign.costs}
-    once = {
-        (key, cost.context, cost.batch): cost.repeat_s
-        for result in campaign.costs
-        for cost in merged[result.name]
-        for key in (result.target, result.name)
-        if (cost.what, cost.n) == ("verify", 1)
-    }
     rows = []
     for result in campaign.costs:
+        # T_1 of the same cell was measured between the others; another cell's is second best.
+        others = [c for c in campaign.costs if c is not result and c.same_target(result)]
+        once = {
+            (cost.context, cost.batch): cost.repeat_s
+            for measured in (*others, result)
+            for cost in merged[measured.name]
+            if (cost.what, cost.n) == ("verify", 1)
+        }
         for cost in merged[result.name]:
-            size = (cost.context, cost.batch)
-            # T_1 of the same cell was measured between the others; another cell's is second best.
-            base = once.get((result.name, *size)) or once.get((result.target, *size))
+            base = once.get((cost.context, cost.batch))
             rows.append(_cost_row(result, cost, base, bootstrap))
         if not merged[result.name]:
             rows.append(_cost_row(result, None, None, bootstrap))
@@ -50,6 +49,7 @@ def _cost_row(
         status=result.status.state,
         reason=result.status.reason,
         cell=result.name,
+        folder=c.folder,
     )
     if cost is None:
         return row

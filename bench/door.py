@@ -4,6 +4,7 @@ Hydra composes the cells; all of them are checked before the first one computes.
 a target then run together (`bench.block`).
 """
 
+import difflib
 import os
 import re
 import sys
@@ -47,14 +48,18 @@ class Plan(Cells, Protocol):
 
 
 C = TypeVar("C", bound=Cells)
+Show = Callable[[Sequence[Block]], str]
 
 
-def open_door(name: str, make_plan: Callable[[], Plan], *, module: str) -> int:
+def open_door(
+    name: str, make_plan: Callable[[], Plan], *, module: str, show: Show | None = None
+) -> int:
     """Run what the command line asks for; give the exit code.
 
-    name: of the yaml in conf/. module: the child that runs a block.
+    name: of the yaml in conf/. module: the child that runs a block. show: what to print at the end
+    of the blocks that ran.
     """
-    return collect(name, make_plan, finish=partial(execute, module=module))
+    return collect(name, make_plan, finish=partial(execute, module=module, show=show))
 
 
 def collect(name: str, make: Callable[[], C], *, finish: Callable[[C], int]) -> int:
@@ -84,12 +89,14 @@ def collect(name: str, make: Callable[[], C], *, finish: Callable[[C], int]) -> 
         return finish(plan)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         return _refuse({_one_line(error): []})
+    except OSError as error:
+        return _refuse({unusable(error): []})
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from here\n")
         return INTERRUPTED
 
 
-def execute(plan: Plan, *, module: str) -> int:
+def execute(plan: Plan, *, module: str, show: Show | None = None) -> int:
     """Run planned blocks one after the other; say how every cell ended; give the exit code."""
     blocks = plan.blocks()
     for note in plan.notes:
@@ -103,10 +110,19 @@ def execute(plan: Plan, *, module: str) -> int:
             bar.update(len(block.arms))
     for name, state in ended.items():
         sys.stdout.write(f"{name}: {state}\n")
+    if show is not None:
+        sys.stdout.write(show(blocks))
     for campaign in dict.fromkeys(str(block.campaign) for block in blocks):
         sys.stdout.write(f"results: {campaign}\n")
     whole = all(state.startswith(("done", "finished")) for state in ended.values())
     return OK if whole else UNFINISHED
+
+
+def unusable(error: OSError) -> str:
+    """Say in one line which file or folder could not be used, and why."""
+    if error.filename is None:
+        return " ".join(str(error).split())
+    return f"{error.filename} must be readable and writable where it is used: {error.strerror}"
 
 
 def _run(block: Block, module: str, *, progress: bool) -> dict[str, str]:
@@ -144,8 +160,20 @@ def _refuse(problems: Mapping[str, Sequence[str]]) -> int:
 
 def _one_line(error: Exception) -> str:
     """Join what Hydra and OmegaConf say over several lines, less where they looked."""
+    if isinstance(cause := error.__cause__, OmegaConfBaseException) and cause.parent_node:
+        return _no_key(cause)
     told = f"{error}\n{error.__cause__ or ''}".partition("Config search path")[0]
     told = re.sub(r"^In '\w+': ", "", told)  # the file whose defaults list has the group
     lines = dict.fromkeys(line.strip(" .") for line in told.splitlines() if line.strip())
     shown = "; ".join(line for line in lines if not line.strip().startswith("object_type"))
     return shown.replace(":; \t", ": ").replace("; \t", ", ").replace("\t", " ")
+
+
+def _no_key(error: OmegaConfBaseException) -> str:
+    """Name the nearest keys: Hydra would advise to add one, which nothing reads."""
+    full, key = str(error.full_key), str(error.key)
+    known = [str(name) for name in error.parent_node or () if name != "hydra"]
+    near = difflib.get_close_matches(key, known, n=1)
+    place = full.removesuffix(key)
+    hint = f"did you mean {place}{near[0]}? " if near else ""
+    return f"{full}: no such key, {hint}there are {', '.join(place + name for name in known)}"

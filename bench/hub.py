@@ -129,9 +129,9 @@ def _download(repo: str, revision: str, key: str) -> Path:
         )
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         wanted = _wanted(sizes)
-        gigabytes = sum(sizes[name] for name in wanted) / 1e9
+        megabytes = sum(sizes[name] for name in wanted) / 1e6
         sys.stderr.write(
-            f"{repo}@{info.sha}: {len(wanted)} files, {gigabytes:.2f} GB from the hub\n"
+            f"{repo}@{info.sha}: {len(wanted)} files, {megabytes:,.1f} MB from the hub\n"
         )
         return Path(hf.snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except (HTTPError, OSError) as error:
@@ -139,7 +139,8 @@ def _download(repo: str, revision: str, key: str) -> Path:
         answered = isinstance(error, hf.errors.HfHubHTTPError)
         if not answered and (snapshot := _snapshot(repo, revision, FILES)) is not None:
             return snapshot
-        raise ValueError(f"{_reason(error, repo, revision)}; or give {key}=<folder>") from error
+        told = f"{_folder(repo)} is no folder, and {_reason(error, repo, revision)}"
+        raise ValueError(f"{told}; or give {key}=<folder>") from error
 
 
 def _wanted(listed: Iterable[str]) -> list[str]:

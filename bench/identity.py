@@ -86,6 +86,11 @@ class WeightHashes:
             hashes[name] = self._hash(path)
         return hashes
 
+    def one(self, folder: Path) -> str:
+        """Hash a checkpoint folder as a whole; a copy elsewhere has the same hash."""
+        named = ((name.rpartition("/")[2], file) for name, file in self.of([folder]).items())
+        return digest(sorted(named))
+
     def save(self) -> None:
         """Write what was learnt."""
         if self._changed and self._memory is not None:

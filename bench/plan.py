@@ -19,7 +19,16 @@ from bench import check, hub, memory
 from bench.block import Arm, Block, check_schema, is_finished
 from bench.build import PACKAGES, named_node, target_modules
 from bench.choice import Choice, choose
-from bench.config import DRAFT_LM_HEAD, DRAFT_SCHEME, Config, door_of, parse, resolve, without
+from bench.config import (
+    DRAFT_LM_HEAD,
+    DRAFT_SCHEME,
+    Config,
+    as_dense,
+    door_of,
+    parse,
+    resolve,
+    without,
+)
 from bench.identity import IRRELEVANT, WeightHashes, code_hash, config_hash, digest
 from bench.record import COST, QUALITY, RUN, VANILLA, Cell
 from bench.task import Prompt, Task, load
@@ -108,9 +117,12 @@ class Planner:
         positions = self._once(
             f"target {family.target} {context}", lambda: check.check_target(family.target, context)
         )
+        choice = choice.reading(tree["model"]["target"])
         stored = self._stored(family.target, config.schemes.target, config.schemes.lm_head)
         if config.schemes.target.as_stored:  # several folders may be compared in one campaign
             choice = choice.less(quant=stored.label)
+            if stored.scheme.as_stored:  # nothing is quantised: quant=dense, and its very cell
+                return self._plan(choice, as_dense(tree), asked=asked)
         self._once(f"sandbox {config.runs_programs}", lambda: check.check_sandbox(config))
         if config.cost is not None:
             check.check_contexts(config.cost, positions)
@@ -209,6 +221,9 @@ class Planner:
                 planned.folders, [text] if text is not None and planned.calibrated else []
             ),
             revisions=self._revisions(planned),
+            folder=choice.folder,
+            target_hash=hashes.one(config.model.family.target),
+            stored=config.schemes.target.as_stored,
         )
         return Arm(
             folder=planned.folder,

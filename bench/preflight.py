@@ -66,7 +66,8 @@ class Preflight:
         self, config: DictConfig, *, names: Mapping[str, str], overrides: Sequence[str]
     ) -> None:
         """Take a cell; ValueError where its keys or values are wrong."""
-        self.cells[choose(names, overrides).cell] = parse(resolve(config))
+        config_of = parse(tree := resolve(config))
+        self.cells[choose(names, overrides).reading(tree["model"]["target"]).cell] = config_of
 
 
 def report(preflight: Preflight) -> int:

@@ -47,6 +47,7 @@ def _row(result: CellResult, campaign: Campaign, bootstrap: Bootstrap) -> Qualit
         status=result.status.state,
         reason=result.status.reason,
         cell=result.name,
+        folder=c.folder,
     )
     if not result.done:
         return row
@@ -79,7 +80,7 @@ def _against_dense(
         c
         for c in campaign.qualities
         if c.done
-        and is_dense(c.cell.scheme)
+        and result.quantises(c)
         and is_dense(c.cell.lm_head)
         and _place(c) == _place(result)
     ]

@@ -8,10 +8,12 @@
 import hashlib
 import math
 import random
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,15 +21,15 @@ from omegaconf import DictConfig
 
 from bench import hub
 from bench.build import build, named_node, target_modules, typed
-from bench.config import LM_HEAD, parse_model, parse_schemes, plain_tree, without
+from bench.config import DRAFT_SCHEME, LM_HEAD, parse_model, parse_schemes, plain_tree, without
 from bench.door import OK, collect
 from bench.identity import WeightHashes, code_hash, digest
 from bench.likelihood import Reader, score
 from bench.load import load_tokenizer
 from bench.machine import check_machine
 from bench.quantizer import Job, Quantizer
-from bench.record import write_json
-from bench.shards import close
+from bench.record import VANILLA, read_json, write_json
+from bench.shards import close, is_finished
 from bench.source import read_file
 from bench.text import Evaluation, Text, encode, windows
 from methods.checkpoint import check_transformer, load_transformer
@@ -35,6 +37,7 @@ from quant.scheme import Scheme
 
 STORED = "checkpoint"  # the file of conf/quant that reads what was written
 REPORT = "quality.json"
+ERRORS = ("weight_error", "output_error")  # of a layer; the latter by calibrated rounding only
 PARTS = ("target", "small")
 GROUPS = ("model", "quant", "quantizer", "task", "calibration", "quality")
 
@@ -71,9 +74,13 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A checked job. evaluation: of what was written, on a text; None = none."""
+    """A checked job. evaluation: of what was written, on a text; None = none.
+
+    run: the command that decodes with what was written.
+    """
 
     job: Job
+    run: str
     quantizer: Quantizer
     threads: int | None
     evaluation: Evaluation | None
@@ -95,8 +102,10 @@ class Jobs:
         settings = typed(without(tree, *GROUPS), Settings, key="")
         quality = tree["quality"]
         quantizer = build(tree["quantizer"], Quantizer, key="quantizer")  # type: ignore[type-abstract]
+        job = _job(tree, settings, quantizer)
         planned = Planned(
-            job=_job(tree, settings, quantizer),
+            job=job,
+            run=_run_line(tree["model"], names["model"], settings, job.out, overrides),
             quantizer=quantizer,
             threads=settings.threads,
             evaluation=None if quality is None else typed(quality, Evaluation, key="quality"),
@@ -110,20 +119,58 @@ class Jobs:
 
 def main() -> int:
     """Quantise as the command line asks; give the exit code."""
-    return collect("quantize", Jobs, finish=_work)
+    # Hydra writes every sweep down, and the current folder is no place for that.
+    with TemporaryDirectory() as scratch:
+        words = enumerate(sys.argv)
+        place = next((i for i, word in words if i and word[0] != "-"), len(sys.argv))
+        sys.argv.insert(place, f"hydra.sweep.dir='{scratch}'")
+        return collect("quantize", Jobs, finish=_work)
 
 
 def _work(jobs: Jobs) -> int:
     for planned in jobs.planned.values():
         if planned.threads is not None:
             torch.set_num_threads(planned.threads)
-        report: dict[str, Any] = {"layers": planned.quantizer.quantize(planned.job)}
-        if planned.evaluation is not None:
-            report |= beside_dense(planned.job, planned.evaluation, planned.text)
+        known = _known(planned.job)
+        report = _completed(planned, known)
         write_json(planned.job.out / REPORT, report)
         close(planned.job.out)
-        sys.stdout.write(f"{_told(report)}\n{planned.job.out}\n")
+        state = "finished, nothing was left to do" if report == known else "done"
+        sys.stdout.write(f"{_told(report)}\n{planned.job.out}: {state}\n{planned.run}\n")
     return OK
+
+
+def _known(job: Job) -> dict[str, Any]:
+    """What the same command has reported of a folder that it finished; empty where nothing."""
+    path = job.out / REPORT
+    finished = is_finished(job.out, {"identity": job.identity})
+    return read_json(path) if finished and path.is_file() else {}
+
+
+def _completed(planned: Planned, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Do what is not known yet."""
+    report = dict(known) or {"layers": planned.quantizer.quantize(planned.job)}
+    if planned.evaluation is not None:
+        wanted = asdict(planned.evaluation) | {"text": planned.text.name}
+        if report.get("evaluation") != wanted:
+            report |= beside_dense(planned.job, planned.evaluation, planned.text)
+            report["evaluation"] = wanted
+    return report
+
+
+def _run_line(
+    model: Mapping[str, Any], name: str, settings: Settings, out: Path, overrides: Sequence[str]
+) -> str:
+    """Give the command that decodes with what is written, with the best drafter at hand."""
+    best = next(iter(model["heads"]), "chain" if model.get("small") else VANILLA)
+    key, words = "model.target", [f"quant={STORED}", f"method={best}"]
+    if settings.part != "target":
+        key, words = "model.small.target", ["method=chain", f"method.{DRAFT_SCHEME}={STORED}"]
+    places = (f"{key}=", "model.calibration=")
+    kept = [o for o in overrides if o.startswith("model.") and not o.startswith(places)]
+    machine = [f"{k}={v}" for k, v in (("device", settings.device), ("dtype", settings.dtype))]
+    words = [f"model={name}", *kept, f"{key}={out}", *words, *machine]
+    return f"specquant run {shlex.join(words)}"
 
 
 def _job(tree: Mapping[str, Any], settings: Settings, quantizer: Quantizer) -> Job:
@@ -232,9 +279,11 @@ def beside_dense(job: Job, evaluation: Evaluation, text: Text) -> dict[str, Any]
 
 def _told(report: Mapping[str, Any]) -> str:
     """The report in lines."""
-    lines = [f"{'layer':<24}{'weight error':>14}{'output error':>14}"]
-    for row in report["layers"]:
-        errors = (row[key] for key in ("weight_error", "output_error"))
+    rows = report["layers"]
+    kinds = [key for key in ERRORS if any(row[key] is not None for row in rows)]
+    lines = [f"{'layer':<24}" + "".join(f"{key.replace('_', ' '):>14}" for key in kinds)]
+    for row in rows:
+        errors = (row[key] for key in kinds)
         shown = "".join(f"{'' if e is None else f'{e:.3e}':>14}" for e in errors)
         lines.append(f"{row['layer']:<24}{shown}")
     if "perplexity" in report:

@@ -77,6 +77,7 @@ class Generation(Record):
     stage_s: dict[str, list[float]] = field(default_factory=dict)
     wall_s: float = 0.0  # begin to last commit, by one clock outside all stages
     arm_order: int = 0  # place of this arm among the block's arms in this round
+    run: str = ""  # of the process that decoded it: arms of one run are neighbours in time
     # First difference from vanilla of the same block, where there is one.
     divergence: dict[str, float] | None = None  # index, token, vanilla_token, gap_nats
     correct: bool | None = None  # None: not scored
@@ -149,6 +150,9 @@ class Cell(Record):
     code_hash: str = ""
     weight_hashes: dict[str, str] = field(default_factory=dict)
     revisions: list[str] = field(default_factory=list)  # org/name@commit of what the hub gave
+    folder: str = ""  # name of the target's folder, where it is not the model's own
+    target_hash: str = ""  # of the target's files; empty in older records
+    stored: bool = False  # layers are quantised in the folder, not when they are read
 
 
 @dataclass(frozen=True, kw_only=True)

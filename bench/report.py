@@ -19,6 +19,7 @@ from bench import canvas, metrics, page, plot, stats, terminal
 from bench.build import ROOT
 from bench.category_table import category_rows
 from bench.cost_table import cost_rows
+from bench.door import unusable
 from bench.page import Figure, Section
 from bench.quality_table import quality_rows
 from bench.record import STAGES
@@ -156,8 +157,9 @@ def main() -> int:
         try:
             sys.stdout.write(_report(config))
             codes.append(0)
-        except ValueError as error:
-            sys.stderr.write(f"error: {error}\n")
+        except (ValueError, OSError) as error:
+            told = unusable(error) if isinstance(error, OSError) else error
+            sys.stderr.write(f"error: {told}\n")
             codes.append(2)
 
     door()

@@ -72,13 +72,30 @@ class CellResult:
     def target(self) -> tuple[str, ...]:
         """What two cells must share for their costs to be of the same target on one device."""
         c = self.cell
-        return (c.model, c.weights, c.scheme, c.lm_head, c.device, c.dtype, self.device_name)
+        labels = (c.model, c.weights, c.scheme, c.lm_head, c.folder)
+        return (*labels, c.device, c.dtype, self.device_name)
 
-    @property
-    def comparable(self) -> tuple[str, ...]:
-        """What a method and its baseline must share for their ratio to mean something."""
-        c = self.cell
-        return (*self.target, c.task, str(c.temperature), c.block)
+    def same_target(self, other: "CellResult") -> bool:
+        """Whether both have measured one target on one device, by labels and by weights."""
+        return self.target == other.target and self.same_weights(other)
+
+    def same_weights(self, other: "CellResult") -> bool:
+        """Whether both have read the same folder; older records do not tell, and are believed."""
+        mine, theirs = self.cell.target_hash, other.cell.target_hash
+        return mine == theirs or not (mine and theirs)
+
+    def comparable(self, other: "CellResult") -> bool:
+        """Whether a ratio of the two, a method and its baseline, means something."""
+        mine, theirs = ((c.task, c.temperature, c.block) for c in (self.cell, other.cell))
+        return mine == theirs and self.same_target(other)
+
+    def quantises(self, dense: "CellResult") -> bool:
+        """Whether this may be a dense cell's target in another scheme.
+
+        Nothing tells what a folder of quantised layers was made from; that one is believed.
+        """
+        unquantised = is_dense(dense.cell.scheme)
+        return unquantised and (self.cell.stored or self.same_weights(dense))
 
 
 @dataclass(frozen=True)
@@ -111,9 +128,7 @@ class Campaign:
     def vanilla_of(self, result: CellResult) -> CellResult | None:
         """Give the whole vanilla cell of the same target, task, device and temperature."""
         found = [
-            c
-            for c in self.runs
-            if c.cell.method == VANILLA and c.done and c.comparable == result.comparable
+            c for c in self.runs if c.cell.method == VANILLA and c.done and c.comparable(result)
         ]
         if len(found) > 1:
             names = " and ".join(c.name for c in found)
@@ -122,9 +137,7 @@ class Campaign:
 
     def dense_of(self, result: CellResult) -> CellResult | None:
         """Give the whole cell of the same method and everything else on unquantised weights."""
-        found = [
-            c for c in self.runs if c.done and is_dense(c.cell.scheme) and _arm(c) == _arm(result)
-        ]
+        found = [c for c in self.runs if c.done and result.quantises(c) and _arm(c) == _arm(result)]
         # A quantised lm_head has a counterpart of its own only where somebody measured one.
         same_head = [c for c in found if c.cell.lm_head == result.cell.lm_head]
         dense_head = [c for c in found if is_dense(c.cell.lm_head)]
@@ -132,7 +145,7 @@ class Campaign:
 
     def costs_of(self, result: CellResult) -> tuple[list[Cost], list[Cost]]:
         """Give the costs of verifying on this target, and of this cell's drafter beside it."""
-        same = [c for c in self.costs if c.done and c.target == result.target]
+        same = [c for c in self.costs if c.done and c.same_target(result)]
         verify = [r for c in same for r in c.costs if r.what == "verify"]
         drafter = (result.cell.method, result.cell.draft_scheme)
         draft = [
@@ -236,7 +249,7 @@ def _place(result: CellResult) -> tuple[object, ...]:
     return (
         result.synthetic,
         (c.model, c.weights, c.task, c.device, c.dtype, c.temperature),
-        (not is_dense(c.scheme), c.scheme, c.lm_head),
+        (not is_dense(c.scheme), c.scheme, c.lm_head, c.folder),
         (c.method != VANILLA, c.method, c.draft_scheme, c.acceptance),
         result.name,
     )

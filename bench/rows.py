@@ -16,9 +16,16 @@ def is_synthetic(*, weights: str, acceptance: str) -> bool:
     return weights == "random" or acceptance != "measured"
 
 
-def target_label(scheme: str, lm_head: str) -> str:
-    """Name a target: its scheme, and lm_head's where it is quantised too."""
-    return scheme if is_dense(lm_head) else f"{scheme}, lm_head {lm_head}"
+def target_label(scheme: str, lm_head: str, folder: str) -> str:
+    """Name a target: its scheme, lm_head's where it is quantised too, a folder of its own."""
+    head = "" if is_dense(lm_head) else f", lm_head {lm_head}"
+    return scheme + head + (f" ({folder})" if folder else "")
+
+
+def arm_label(method: str, draft_scheme: str) -> str:
+    """Name a method, and its drafter's scheme where that is quantised."""
+    quantised = draft_scheme and not is_dense(draft_scheme)
+    return method + (f", drafter {draft_scheme}" if quantised else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +83,8 @@ class CellRow:
     accuracy_high: float | None = None
     num_scored: int = 0
     acceptance_at: tuple[float, ...] = ()
+    folder: str = ""  # of the target, where it is not the model's own
+    unpredicted: str = ""  # why there is no predicted speed-up, where costs were measured
 
     @property
     def synthetic(self) -> bool:
@@ -89,16 +98,14 @@ class CellRow:
 
     @property
     def target(self) -> str:
-        """The row of a matrix: the scheme, and lm_head's where it is quantised too."""
-        return target_label(self.scheme, self.lm_head)
+        """The row of a matrix."""
+        return target_label(self.scheme, self.lm_head, self.folder)
 
     @property
     def arm(self) -> str:
         """The column of a matrix: the method, and what is unusual about its drafter."""
-        quantised = self.draft_scheme and not is_dense(self.draft_scheme)
-        drafter = f", drafter {self.draft_scheme}" if quantised else ""
         replayed = "" if self.acceptance == "measured" else f" [{self.acceptance}]"
-        return self.method + drafter + replayed
+        return arm_label(self.method, self.draft_scheme) + replayed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +166,17 @@ class CostRow:
     status: str
     reason: str
     cell: str
+    folder: str = ""
 
     @property
     def target(self) -> str:
-        """A line of a figure: the scheme, and lm_head's where it is quantised too."""
-        return target_label(self.scheme, self.lm_head)
+        """A line of a figure."""
+        return target_label(self.scheme, self.lm_head, self.folder)
+
+    @property
+    def arm(self) -> str:
+        """The method, and its drafter's scheme where it is quantised."""
+        return arm_label(self.method, self.draft_scheme)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,11 +208,12 @@ class QualityRow:
     status: str
     reason: str
     cell: str
+    folder: str = ""
 
     @property
     def target(self) -> str:
         """The row of a matrix that this is the price of."""
-        return target_label(self.scheme, self.lm_head)
+        return target_label(self.scheme, self.lm_head, self.folder)
 
     @property
     def group(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from bench.record import read_json, write_json
 from methods.weights import INDEX
 
 UNFINISHED = ".quantizing.json"  # the plan that the shards so far belong to
+FINISHED = ".quantized.json"  # the plan of a folder that is whole
 NOTES = "specquant"  # key of a shard's metadata
 
 
@@ -32,14 +33,14 @@ class Shards:
         self.count = count
         if out.exists() and not out.is_dir():
             raise ValueError(f"out must be a folder, got a file: {out}")
-        state = out / UNFINISHED
-        if state.is_file():
-            if read_json(state) != plan:
-                raise ValueError(f"{out} holds shards of other settings: give another out")
-        elif out.exists() and any(out.iterdir()):
+        found = plan_of(out)
+        if found is not None and found != plan:
+            raise ValueError(f"{out} holds shards of other settings: give another out")
+        if found is None and out.exists() and any(out.iterdir()):
             raise ValueError(f"out must be a new, empty or unfinished folder, got {out}")
         out.mkdir(parents=True, exist_ok=True)
-        write_json(state, dict(plan))
+        write_json(out / UNFINISHED, dict(plan))
+        (out / FINISHED).unlink(missing_ok=True)
 
     def path(self, number: int) -> Path:
         """File of a shard."""
@@ -93,9 +94,21 @@ class Shards:
         write_json(self.out / "config.json", dict(config))
 
 
+def plan_of(out: Path) -> dict[str, Any] | None:
+    """The plan that a folder was begun or finished with; None where it has none."""
+    state = next((out / name for name in (UNFINISHED, FINISHED) if (out / name).is_file()), None)
+    return None if state is None else read_json(state)
+
+
+def is_finished(out: Path, plan: Mapping[str, Any]) -> bool:
+    """Whether a folder was finished with this plan."""
+    return plan_of(out) == plan and not (out / UNFINISHED).exists()
+
+
 def close(out: Path) -> None:
     """Say that nothing is left to do in a folder."""
-    (out / UNFINISHED).unlink(missing_ok=True)
+    if (out / UNFINISHED).exists():
+        (out / UNFINISHED).replace(out / FINISHED)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

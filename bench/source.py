@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.build import ROOT
+from bench.hub import TIMEOUT_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,8 @@ def read_hub(hub: str, *, config: str | None, split: str) -> list[Row]:
         import datasets  # optional, and slow to import
     except ImportError as error:
         raise ValueError(_needs_extra(f"the hub data set {hub}")) from error
+    if not Path(hub).is_dir():
+        _check_route(hub)
     try:
         table = datasets.load_dataset(hub, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -113,6 +116,26 @@ def read_hub(hub: str, *, config: str | None, split: str) -> list[Row]:
         Row(place=f"{hub}/{split}:{i}", values=dict(values))
         for i, values in enumerate(table, start=1)
     ]
+
+
+def _check_route(hub: str) -> None:
+    """Ask once for a data set, with a timeout: `datasets` tries again for half a minute.
+
+    Any answer will do: what it means is for `datasets` to tell.
+    """
+    import huggingface_hub as hf
+    from httpx import HTTPError
+
+    try:
+        hf.HfApi().dataset_info(hub, timeout=TIMEOUT_S)
+    except (hf.errors.HfHubHTTPError, hf.errors.OfflineModeIsEnabled, hf.errors.HFValidationError):
+        return
+    except (HTTPError, OSError) as error:
+        raise ValueError(
+            f"the hub data set {hub} cannot be had from {hf.constants.ENDPOINT} "
+            f"({' '.join(str(error).split())}): HF_HUB_OFFLINE=1 takes what was read before; or "
+            "give a local file with task.path=<file>"
+        ) from error
 
 
 def spread(categories: list[str], limit: int) -> list[int]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import metrics
+from bench.predict import predicted
 from bench.record import VANILLA, Generation
 from bench.results import Campaign, CellResult
 from bench.rows import CellRow, is_dense
@@ -146,6 +147,7 @@ def _cell_row(result: CellResult, campaign: Campaign, bootstrap: Bootstrap) -> C
         num_too_long=len(result.generations) - len(ok),
         reason=result.status.reason,
         cell=result.name,
+        folder=c.folder,
     )
     if not result.done:
         return row
@@ -162,7 +164,7 @@ def _cell_row(result: CellResult, campaign: Campaign, bootstrap: Bootstrap) -> C
             speedup_request=1.0,
             lossless="-",
         )
-    row = replace(row, predicted_speedup=_predicted(row, result, campaign))
+    row = predicted(row, result, campaign)
     row = _moved(row, result, campaign, bootstrap)
     vanilla = campaign.vanilla_of(result)
     if vanilla is None:
@@ -277,21 +279,3 @@ def _speedup(paired: metrics.Pairing, stages: Sequence[str]) -> float | None:
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(speedup(sums))
     return value if np.isfinite(value) else None
-
-
-def _predicted(row: CellRow, result: CellResult, campaign: Campaign) -> float | None:
-    verify, draft = campaign.costs_of(result)
-    context = metrics.mean_context(metrics.finished(result.generations))
-    if row.acceptance_length is None or row.drafted_per_step is None or context is None:
-        return None
-    n = row.drafted_per_step + 1  # the root is read with the drafts
-    once = metrics.verify_seconds(verify, 1, context)
-    read = metrics.verify_seconds(verify, n, context)
-    proposed = metrics.draft_seconds(draft, n, context)
-    if once is None or read is None or proposed is None:
-        return None
-    return metrics.predicted_speedup(
-        acceptance_length=row.acceptance_length,
-        draft_ratio=proposed / once,
-        verify_ratio=read / once,
-    )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from jinja2.exceptions import TemplateError
 
-from bench.build import ROOT
+from bench.build import ROOT, named_node
 from bench.score import Scorer, Unscored
 from bench.source import Row, Source, spread
 
@@ -245,7 +245,10 @@ def _chat_text(
     tokenizer: "PreTrainedTokenizerBase", task: Task, prompt: Prompt, history: Sequence[str]
 ) -> str:
     if not tokenizer.chat_template:
-        raise ValueError(f"task {task.name} needs a chat template, the tokenizer has none")
+        raise ValueError(
+            f"task {task.name} needs a chat template, the tokenizer has none: take a task of plain "
+            f"prompts, {' or '.join(f'task={name}' for name in _plain_tasks())}"
+        )
     messages = [{"role": "system", "content": task.system}] if task.system else []
     for user, answer in zip(prompt.turns, history, strict=False):
         messages.append({"role": "user", "content": user})
@@ -258,6 +261,11 @@ def _chat_text(
     except TemplateError as error:  # some templates take no system prompt
         raise ValueError(f"task {task.name}: the chat template refuses: {error}") from error
     return text + task.answer_prefix
+
+
+def _plain_tasks() -> list[str]:
+    names = sorted(path.stem for path in (ROOT / "conf" / "task").glob("*.yaml"))
+    return [name for name in names if named_node("task", name, key="task").get("form") == "plain"]
 
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from bench.page import Group
 from bench.record import VANILLA
-from bench.rows import CellRow, QualityRow
+from bench.rows import CellRow, CostRow, QualityRow
 
 CELL_HEAD = ["scheme", "method", "tok/s", "speed-up", "tau", "same tokens", "status"]
 QUALITY_HEAD = ["scheme", "perplexity", "over dense", "KL nats", "same top-1", "status"]
@@ -36,6 +36,40 @@ def quality_table(rows: Sequence[QualityRow]) -> str:
         )
         lines += [*_aligned([QUALITY_HEAD, *(_quality(r) for r in group)]), ""]
     return "\n".join(lines)
+
+
+def cost_table(rows: Sequence[CostRow]) -> str:
+    """Give a table per context and batch: reading n tokens, and proposing, over reading one."""
+    timed = [r for r in rows if r.median_s is not None]
+    lines = []
+    for context, batch in dict.fromkeys((r.context, r.batch) for r in timed):
+        here = [r for r in timed if (r.context, r.batch) == (context, batch)]
+        reads = [r for r in here if r.what == "verify"]
+        widths = sorted({r.n for r in reads if r.n is not None})
+        table = [["scheme", "T_1", *map(str, widths)]]
+        for cell in dict.fromkeys(r.cell for r in reads):
+            own = {r.n: r for r in reads if r.cell == cell}
+            once = _milliseconds(own[1]) if 1 in own else ""
+            first = next(iter(own.values()))
+            table.append([first.target, once, *(_times(own.get(n)) for n in widths)])
+        if reads:
+            lines.append(f"T_v(n) / T_1 of n tokens after {context}, batch {batch}:")
+            lines += [*_aligned(table, right=range(1, len(table[0]))), ""]
+        drafts = [r for r in here if r.what == "draft"]
+        table = [["scheme", "method", "n", "T_draft", "T_draft / T_1"]]
+        table += [[r.target, r.arm, f"{r.n}", _milliseconds(r), _times(r)] for r in drafts]
+        if drafts:
+            lines.append(f"A proposal of n tokens after {context}:")
+            lines += [*_aligned(table, right=(2, 3, 4)), ""]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _milliseconds(row: CostRow) -> str:
+    return f"{1000 * (row.median_s or 0):.3g} ms"
+
+
+def _times(row: CostRow | None) -> str:
+    return "" if row is None or row.ratio is None else f"{row.ratio:.2f}"
 
 
 def _aligned(table: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[str]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from bench.build import ROOT
 from bench.quantizer import Job, Quantizer
 from bench.record import read_json, write_json
-from bench.shards import UNFINISHED
+from bench.shards import UNFINISHED, plan_of
 from methods.checkpoint import load_transformer, require_dense, stored_in
 from methods.transformer import Transformer
 from quant.formats import native_config
@@ -115,9 +115,8 @@ class GPTQModel(Quantizer):
 
 
 def _is_written(job: Job) -> bool:
-    """Whether the same command has written the folder and was stopped after that."""
-    state = job.out / UNFINISHED
-    return state.is_file() and read_json(state) == {"identity": job.identity}
+    """Whether the same command has written the folder, whatever came after that."""
+    return plan_of(job.out) == {"identity": job.identity}
 
 
 def _is_free(out: Path) -> bool:

@@ -176,3 +176,15 @@ def test_the_child_does_not_import_from_the_current_folder(
     monkeypatch.chdir(tmp_path)
     assert os.listdir() == ["bench"]  # noqa: PTH208
     assert run(tmp_path, arm(tmp_path, "a"))["a"].state == "done"
+
+
+def test_a_cell_that_is_moved_aside_is_said_to_be(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, arm(tmp_path, "a"))
+    capfd.readouterr()
+    run(tmp_path, arm(tmp_path, "a", config_hash="2"))
+    assert capfd.readouterr().err == (
+        "a: measured with other settings, moved aside to "
+        f"{tmp_path / 'results' / '.stale' / 'c' / 'a.1'}\n"
+    )

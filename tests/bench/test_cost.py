@@ -1,5 +1,7 @@
 """`specquant cost` from the command line's words to records, on a tiny family."""
 
+from pathlib import Path
+
 import pytest
 
 from bench import cost, cost_cell
@@ -58,6 +60,26 @@ def test_a_block_times_the_target_and_every_drafter(planner: Planner) -> None:
         assert status is not None
         assert status.state == "done"
         assert read_json(arm.folder / "context.json")["device"]["type"] == "cpu"
+
+
+def test_the_door_shows_what_it_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = [*write_world(tmp_path), *WORDS, "quant=w8a8", "method=chain"]
+    monkeypatch.setattr("sys.argv", ["specquant cost", *line])
+    assert cost.main() == 0
+    told = capfd.readouterr().out
+    for context in (20, 40):
+        assert f"T_v(n) / T_1 of n tokens after {context}, batch 1:" in told
+        assert f"A proposal of n tokens after {context}:" in told
+    assert told.splitlines()[-1] == f"results: {tmp_path / 'results' / 'c'}"
+
+
+def test_the_defaults_fit_the_lab_model() -> None:
+    planner = Planner(cost.CHILD)
+    planner.add(composed(door="cost"), names=NAMES | {"quant": "dense"}, overrides=[])
+    (block,) = planner.blocks()
+    assert block.arms[0].config["cost"]["contexts"] == [256, 1024]
 
 
 def test_cells_of_the_cost_door_are_named_by_it(planner: Planner) -> None:

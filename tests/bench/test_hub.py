@@ -201,9 +201,9 @@ def test_an_interrupted_download_is_gone_on_with(tmp_path: Path, standing: Hub) 
 
 
 REFUSED = {
-    "lab/gated": "lab/gated is gated: accept its terms at URL/lab/gated, then `hf auth login` or",
-    "lab/none": "lab/none must be a folder or a model on the hub, and URL shows none: check",
-    "lab/target@v9": "lab/target has no revision v9 on the hub; or give model.target=<folder>",
+    "lab/gated": "ROOT/lab/gated is no folder, and lab/gated is gated: accept its terms at URL/lab",
+    "lab/none": "ROOT/lab/none is no folder, and lab/none must be a folder or a model on the hub, ",
+    "lab/target@v9": "ROOT/lab/target is no folder, and lab/target has no revision v9 on the hub",
     "a/b/c": "model.target must be a checkpoint folder or a hub id, org/name or org/name@revision",
     "a/b--c": "model.target must be a checkpoint folder or a hub id, org/name or org/name@revision",
 }
@@ -222,7 +222,8 @@ def refusals(tmp_path_factory: pytest.TempPathFactory, standing: Hub) -> dict[st
     done = client(tmp_path_factory.mktemp("home"), standing.url, "-c", program)
     assert done.returncode == 0, done.stderr
     return {
-        name: text.replace(standing.url, "URL") for name, text in json.loads(done.stdout).items()
+        name: text.replace(standing.url, "URL").replace(str(ROOT), "ROOT")
+        for name, text in json.loads(done.stdout).items()
     }
 
 
@@ -237,10 +238,24 @@ def test_what_cannot_be_had_is_one_line_with_the_way_out(
 def test_no_route_to_the_hub_ends_a_run_before_any_cell(tmp_path: Path, refused_port: str) -> None:
     done = client(tmp_path, refused_port, "-m", "bench.run", "model.target=lab/target")
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: lab/target@main cannot be had from {refused_port} (")
+    assert done.stderr.startswith(
+        f"error: {ROOT / 'lab' / 'target'} is no folder, and lab/target@main cannot be had from "
+        f"{refused_port} ("
+    )
     assert done.stderr.endswith("or give model.target=<folder>\n")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "results").exists()
+
+
+def test_no_route_to_a_data_set_is_told_at_once(tmp_path: Path, refused_port: str) -> None:
+    program = "from bench.source import read_hub; read_hub('lab/data', config=None, split='test')"
+    done = client(tmp_path, refused_port, "-c", program)
+    assert "Retrying" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        f"ValueError: the hub data set lab/data cannot be had from {refused_port} ("
+    )
+    assert last.endswith("or give a local file with task.path=<file>")
 
 
 def test_a_folder_wins_over_an_id_of_the_same_spelling() -> None:

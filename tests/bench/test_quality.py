@@ -181,7 +181,10 @@ def test_a_folder_stored_quantised_is_held_against_its_dense_one(
     packed = records(measured(world, tmp_path / "b", quant="w4a16"))
     assert [(r.kl_nats, r.nll_nats) for r in found] == [(r.kl_nats, r.nll_nats) for r in packed]
     refused = refusal(world, f"model.target={stored}", "quant=checkpoint")
-    assert refused.startswith("quality.reference must be a dense checkpoint, or quality.kl false: ")
+    assert refused == (
+        "quality.reference must be the folder of the dense model that the target was quantised "
+        f"from, or quality.kl false, got null: {stored} holds w4a16-g128"
+    )
 
 
 def test_dense_diverges_from_a_copy_by_exactly_nothing(world: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ from bench.shards import UNFINISHED
 from methods.checkpoint import check_transformer, load_transformer, stored_in
 from methods.weights import INDEX, read_config
 from quant.stored import AsStored
-from tests.bench.tiny import LIMIT, generations, write_world
+from tests.bench.tiny import LIMIT, composed, generations, write_world
 
 Door = Callable[..., tuple[int, str, str]]
 SETTINGS = (
@@ -136,6 +137,65 @@ class _StoppedError(Exception):
 
 def _stop(*_: object) -> None:
     raise _StoppedError
+
+
+def test_the_same_command_again_says_finished_and_leaves_all_as_it_is(
+    world: list[str], tmp_path: Path, door: Door
+) -> None:
+    line = (*world, f"out={tmp_path / 'out'}")
+    door(*line)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.safetensors")}
+    code, told, problem = door(*line)
+    assert (code, problem) == (0, "")
+    assert f"{tmp_path / 'out'}: finished, nothing was left to do\n" in told
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize("change", ["quality.limit=50", "gone"])
+def test_a_finished_folder_is_measured_where_only_that_is_missing(
+    world: list[str], tmp_path: Path, door: Door, change: str
+) -> None:
+    out = tmp_path / "out"
+    door(*world, f"out={out}")
+    layers = json.loads((out / "quality.json").read_text(encoding="utf-8"))["layers"]
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    (out / "quality.json").unlink() if change == "gone" else None
+    code, told, _ = door(*world, f"out={out}", *([] if change == "gone" else [change]))
+    report = json.loads((out / "quality.json").read_text(encoding="utf-8"))
+    assert (code, report["layers"]) == (0, layers)
+    assert report["tokens"] == (8 * 60 - 1 if change == "gone" else 49)
+    assert f"{out}: done\n" in told
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_the_end_names_the_command_that_runs_the_folder(
+    world: list[str], tmp_path: Path, door: Door
+) -> None:
+    out = tmp_path / "a folder"
+    _, told, _ = door(*world, "quality=null", f"out={out}")
+    words = shlex.split(told.splitlines()[-1])
+    assert words[:3] == ["specquant", "run", "model=lab"]
+    assert {f"model.target={out}", "quant=checkpoint", "method=eagle2"} <= set(words)
+    assert not any(word == f"model.target={folder_of(world)}" for word in words)
+    composed(*words[2:])
+
+
+def test_a_column_that_holds_nothing_is_left_out(
+    world: list[str], tmp_path: Path, door: Door
+) -> None:
+    _, told, _ = door(*world, "quantizer=nearest", "quality=null", f"out={tmp_path / 'out'}")
+    assert told.splitlines()[0].split() == ["layer", "weight", "error"]
+
+
+def test_a_sweep_leaves_nothing_where_it_was_started(
+    world: list[str], tmp_path: Path, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    outs = f"out={tmp_path / 'a'},{tmp_path / 'b'}"
+    assert door(*world, "quantizer=nearest", "quality=null", outs, "-m")[0] == 0
+    assert (tmp_path / "b" / "config.json").is_file()
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_a_torn_shard_is_written_again(world: list[str], tmp_path: Path, door: Door) -> None:

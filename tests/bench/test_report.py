@@ -222,6 +222,31 @@ def test_door_says_what_is_wrong_in_one_line(
     assert (failed.returncode, failed.stderr) == (2, line.format(tmp_path))
 
 
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    pair_of_cells(tmp_path / "results" / "mine")
+    (tmp_path / "results" / "mine" / "report").touch()
+    failed = run("-m", "bench.report", "campaign=mine", "bootstrap_samples=200", cwd=tmp_path)
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+    assert failed.stderr.startswith(f"error: {tmp_path / 'results' / 'mine' / 'report'} must be ")
+
+
+def test_a_table_of_costs_says_what_reading_and_drafting_take(tmp_path: Path) -> None:
+    timed = [cost("verify", 1, [0.002] * 2), cost("verify", 8, [0.003] * 2)]
+    write_cell(tmp_path / "cost", replace(CELL, door="cost", method="", task=""), timed)
+    drafter = replace(CELL, door="cost", method="chain", draft_scheme="w8a8", task="")
+    write_cell(tmp_path / "cost-chain", drafter, [cost("draft", 5, [0.001] * 2)])
+    assert terminal.cost_table(cost_rows(load(tmp_path), BOOTSTRAP)) == (
+        "T_v(n) / T_1 of n tokens after 64, batch 1:\n"
+        "  scheme   T_1     1     8\n"
+        "  dense   2 ms  1.00  1.50\n"
+        "\n"
+        "A proposal of n tokens after 64:\n"
+        "  scheme  method               n  T_draft  T_draft / T_1\n"
+        "  dense   chain, drafter w8a8  5     1 ms           0.50\n"
+        "\n"
+    )
+
+
 def test_report_needs_no_torch(tmp_path: Path) -> None:
     code = "import sys, bench.report; print({'torch', 'transformers'} & set(sys.modules))"
     assert run("-c", code, cwd=tmp_path).stdout == "set()\n"

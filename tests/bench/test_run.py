@@ -148,6 +148,8 @@ def test_a_record_holds_what_happened(swept: tuple[list[str], int]) -> None:
     found = generations(results(swept[0]) / f"lab.dense.eagle2.{END}")
     assert [g.prompt_tokens for g in found] == list(LENGTHS)
     assert [g.arm_order for g in found] == [2, 0, 1, 1]  # of vanilla, chain and itself
+    beside = generations(results(swept[0]) / f"lab.dense.vanilla.{END}")
+    assert len({g.run for g in (*found, *beside)}) == 1  # timed side by side
     for g in found:
         steps = len(g.accepted)
         assert (g.status, g.stop, len(g.token_ids)) == ("ok", "limit", LIMIT)
@@ -191,7 +193,12 @@ def test_nothing_is_left_besides_the_results(swept: tuple[list[str], int]) -> No
             "error: Could not find 'quant/w9'; Available options in ",
         ),
         (["-m", "method=vanilla,nine"], "error: Could not find 'method/nine'; "),
-        (["method=eagle2", "method.dept=3"], "error: Could not override 'method.dept'"),
+        (
+            ["method=eagle2", "method.dept=3"],
+            "error: method.dept: no such key, did you mean method.depth? there are method.draft_",
+        ),
+        (["tepmerature=1"], "error: tepmerature: no such key, did you mean temperature? "),
+        (["xyz=1"], "error: xyz: no such key, there are campaign, results_dir, "),
         (["method=eagle2", "method.depth=six"], "error: method.depth: Value 'six' of type"),
         (["method=chain", "+method.inner.x=1"], "error: method.inner.x: no such key, there are "),
         (["method=eagle2", "method.top_k=97"], "error: top_k must be within the head's"),
@@ -207,6 +214,19 @@ def test_a_users_error_is_one_line_before_any_compute(
     assert err.startswith(message)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert not list(tmp_path.rglob("cell.json"))
+
+
+@pytest.mark.parametrize("words", [[], ["-m"]])
+def test_a_place_that_cannot_be_written_is_one_line(
+    swept: tuple[list[str], int], tmp_path: Path, door: Door, words: list[str]
+) -> None:
+    world = [o for o in swept[0][: swept[0].index("-m")] if not o.startswith("~")]
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "results"
+    code, out, err = door(*words, *world, *SMALL, f"results_dir={place}")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {place}")
+    assert err.endswith(": Not a directory\n")
 
 
 def test_every_bad_cell_of_a_sweep_is_named(swept: tuple[list[str], int], door: Door) -> None:
@@ -314,6 +334,7 @@ def test_a_kill_in_the_middle_loses_nothing_and_doubles_nothing(tmp_path: Path, 
     assert out.count(": done") == 2
     resumed = answers(eagle2)
     assert generations(eagle2)[0] == killed[0]
+    assert len({g.run for g in generations(eagle2)}) == 2
 
     elsewhere = [f"results_dir={tmp_path / 'whole'}", "task.max_new_tokens=24"]
     _, whole = work([*world, *elsewhere], "vanilla", "eagle2")
