@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.build import ROOT
+from methods.values import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
             continue
         place = f"{path}:{number}"
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{place}: a line must be a JSON object: {error}") from error
         if not isinstance(values, dict):
