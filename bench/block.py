@@ -26,7 +26,8 @@ from omegaconf import OmegaConf
 
 from bench.build import ROOT
 from bench.child import CRASH, RUNNING, ArmJob, Job
-from bench.record import CELL, CONFIG, STATUS, Cell, Record, Status, read_json, write_json
+from bench.record import CELL, CONFIG, STATUS, Cell, Record, Status, write_json
+from methods.values import read_json
 
 STALE = ".stale"  # of results_dir: cells moved aside, never deleted
 SCRATCH = ".blocks"  # of a campaign

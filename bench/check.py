@@ -1,6 +1,5 @@
 """What is looked at before any compute: checkpoints, vocabularies, calibration text, prompts."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from bench import sandbox, text
 from bench.config import Config, Costing
 from bench.task import Prompt, Task, encode
 from methods.checkpoint import check_transformer, stored_in
+from methods.values import read_json
 from methods.weights import Weights, read_config
 
 TOKENIZER = "tokenizer.json"
@@ -172,8 +172,8 @@ def _vocabulary(folder: Path) -> tuple[object, object] | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         added = [(token["id"], token["content"]) for token in values.get("added_tokens", [])]
         return values["model"]["vocab"], added
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path} must be a tokenizer: {error!r}") from error

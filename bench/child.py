@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.record import STATUS, Status, read_json, write_json
+from bench.record import STATUS, Status, write_json
+from methods.values import read_json
 
 AGAIN = 75  # exit code: an arm has ended badly, start a fresh process for the rest
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from bench.build import ROOT
-from bench.record import CONTEXT, RECORDS, SCHEMA, read_json, write_json
+from bench.record import CONTEXT, RECORDS, SCHEMA, write_json
+from methods.values import read_json
 
 PACKAGES = (
     "torch",

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.build import PACKAGES, ROOT
-from bench.record import read_json, write_json
+from bench.record import write_json
+from methods.values import read_json
 
 # Where results lie, what is drawn, what a report makes of a gap and when a head is called broken
 # do not change a record.
@@ -111,7 +112,8 @@ class WeightHashes:
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
-    return sorted({path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern)})
+    found = {path for pattern in CHECKPOINT_FILES for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file())  # no folder, no broken link
 
 
 def _sources(modules: Iterable[str], root: Path) -> set[Path]:

@@ -1,6 +1,5 @@
 """What the arms of a block share, each loaded once: tokenizer, target, smaller models."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,17 +7,21 @@ import torch
 import transformers
 
 from bench.config import Config, Schemes, Settings
+from bench.source import read_file
 from methods.calibrate import load_calibrated
 from methods.checkpoint import check_transformer, stored_in
 from methods.decode import Method
 from methods.recipe import Parts
 from methods.transformer import Transformer
+from methods.values import read_json
 from quant.scheme import Scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# What transformers raises on files that are torn or no tokenizer's.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 # Classes that are nothing but their tokenizer.json.
 PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -84,8 +87,7 @@ class Loader:
 
     def _calibration(self) -> list[list[int]]:
         if self._texts is None and self.model.calibration is not None:
-            lines = self.model.calibration.read_text(encoding="utf-8").splitlines()
-            texts = [json.loads(line)["text"] for line in lines if line.strip()]
+            texts = [str(row.get("text")) for row in read_file(self.model.calibration)]
             most = check_transformer(self.model.family.target).max_positions
             self._texts = [self.tokenizer(text)["input_ids"][:most] for text in texts]
         return self._texts or []
@@ -95,12 +97,12 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Read a checkpoint's tokenizer, or raise ValueError naming the folder."""
     config = folder / "tokenizer_config.json"
     try:
-        named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
+        named = read_json(config).get("tokenizer_class")
         # AutoTokenizer would give the same, after importing every model for a second or two.
         plain = named in PLAIN and (folder / "tokenizer.json").is_file()
         kind = transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
         return kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} must have a tokenizer: {reason}") from error
 

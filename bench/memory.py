@@ -18,6 +18,7 @@ import torch
 from bench.build import ROOT, build, named_node
 from bench.config import Config
 from methods.architecture import EMBEDDING, read_shape, transformer_shapes
+from methods.checkpoint import quantization_of
 from methods.head import EMBEDDING as HEAD_EMBEDDING
 from methods.head import LM_HEAD
 from methods.weights import Weights, read_config
@@ -96,7 +97,7 @@ def _nearest(config: Config, folders: Sequence[Path], need: Need, have: int) -> 
     if left > config.task.max_new_tokens:
         return f"context={left} fits"
     target = config.model.family.target
-    if "quantization_config" in read_config(target):
+    if quantization_of(target) is not None:
         return "nothing here fits"  # as it is stored, and that was too much
     fitting = []
     for path in sorted((ROOT / "conf" / "quant").glob("*.yaml")):
@@ -116,12 +117,11 @@ def _nearest(config: Config, folders: Sequence[Path], need: Need, have: int) -> 
 
 
 def _model_bytes(folder: Path, scheme: Scheme, lm_head: Scheme, dtype: torch.dtype) -> int:
-    config = read_config(folder)
     weights = Weights(folder)
-    if "quantization_config" in config:
+    if quantization_of(folder) is not None:
         return sum(_stored_bytes(weights, name, dtype) for name in weights)
     total = 0
-    shapes = transformer_shapes(read_shape(config))
+    shapes = transformer_shapes(read_shape(read_config(folder)))
     if EMBEDDING in shapes and "lm_head.weight" not in shapes and lm_head.label != "dense":
         total += packed_bytes(lm_head, *shapes[EMBEDDING], dtype)  # tied, packed beside itself
     for name, size in shapes.items():

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from methods.values import parse_json
+
 SCHEMA = 1
 
 # The files of a cell's folder.
@@ -183,17 +185,6 @@ def append_line(path: Path, record: Record) -> None:
         os.fsync(file.fileno())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, or raise ValueError naming the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} must be a JSON object: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must be a JSON object, got {type(values).__name__}")
-    return values
-
-
 def read_lines(path: Path, *, torn_tail: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of a JSONL file.
 
@@ -205,11 +196,14 @@ def read_lines(path: Path, *, torn_tail: bool = False) -> Iterator[dict[str, Any
         if not line:
             continue
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
+            values = parse_json(line)
+        except ValueError as error:
             if torn_tail and number == len(lines):
                 return
             raise ValueError(f"{path}:{number} must be a JSON object: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}:{number} must be a JSON object, got {type(values).__name__}")
+        yield values
 
 
 def _line(record: Record) -> str:

@@ -25,10 +25,10 @@ from bench.record import (
     Quality,
     Record,
     Status,
-    read_json,
     read_lines,
 )
 from bench.rows import is_dense, is_synthetic
+from methods.values import read_json
 
 UNFINISHED = "unfinished"
 REPORT = "report"  # the folder of a campaign that a report is written to

@@ -32,7 +32,7 @@ class Limits:
     memory_mib: int
     processes: int
     files: int
-    file_mib: int  # of its own folder, and of each file in it
+    file_mib: int  # of its own folder, of each file in it, and of each file in memory (memfd)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

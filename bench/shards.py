@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.identity import CHECKPOINT_FILES
-from bench.record import read_json, write_json
+from bench.record import write_json
+from methods.values import read_json
 from methods.weights import INDEX
 
 UNFINISHED = ".quantizing.json"  # the plan that the shards so far belong to

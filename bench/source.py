@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.build import ROOT
+<<<<<<< HEAD
 from bench.hub import TIMEOUT_S
+=======
+from methods.values import parse_json
+>>>>>>> guard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +177,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
             continue
         place = f"{path}:{number}"
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{place}: a line must be a JSON object: {error}") from error
         if not isinstance(values, dict):

@@ -14,11 +14,23 @@ import signal
 import socket
 import struct
 from collections.abc import Callable, Set
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 from typing import Any, NoReturn
 
 MAX_ANSWER_BYTES = 1 << 24
 MAX_DETAIL = 200
+# What reading an answer that `encode` did not write can raise.
+UNREADABLE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    MemoryError,
+)
 _LENGTH = struct.Struct("!Q")
 
 
@@ -104,7 +116,7 @@ class _Candidate:
             raised, detail = str(answer["raised"]), str(answer["detail"])
         except (EOFError, OSError) as error:
             raise Ended("failed", "the program ended before its tests") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise Ended("failed", "the program's answer cannot be read") from error
         kind = getattr(builtins, raised, None)
         if isinstance(kind, type) and issubclass(kind, Exception):
@@ -150,6 +162,11 @@ def _outcome(act: Callable[[], object]) -> dict[str, object]:
 
 
 def _limit_all(order: dict[str, Any]) -> None:
+    """Bound what the program takes of the host.
+
+    Files in memory without a name (memfd) are no address space, but have the size of any file, and
+    live while they are open: processes x files x file_mib bounds all of them together.
+    """
     _limit(resource.RLIMIT_AS, order["memory_mib"] << 20)
     _limit(resource.RLIMIT_CPU, math.ceil(order["timeout_s"]) + 1)
     _limit(resource.RLIMIT_FSIZE, order["file_mib"] << 20)
@@ -177,6 +194,10 @@ def encode(value: object) -> object:
         return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
+    if isinstance(value, Fraction):
+        return {"fraction": [hex(value.numerator), hex(value.denominator)]}
+    if isinstance(value, Decimal):
+        return {"decimal": str(value)}
     if isinstance(value, bytes | bytearray):
         return {"bytes": bytes(value).hex()}
     raise TypeError(f"a {type(value).__name__} cannot be returned")
@@ -200,6 +221,11 @@ def decode(value: Any) -> Any:  # noqa: ANN401  a value of any plain type
             return {decode(key): decode(item) for key, item in content}
         case "complex":
             return complex(*content)
+        case "fraction":
+            numerator, denominator = content
+            return Fraction(int(numerator, 16), int(denominator, 16))
+        case "decimal":
+            return Decimal(content)
         case "bytes":
             return bytes.fromhex(content)
     raise ValueError(f"a value must be of a known kind, got {name!r}")

@@ -1,12 +1,14 @@
 """config.json -> sizes, and the names and shapes of the tensors that go with them."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from methods.rope import Rope, read_rope
+from methods.rope import POSITIONS, Rope, read_rope
 from methods.transformer import Shape
+from methods.values import naming, read_flag, read_number, read_size, shown
 from quant.formats import FLOATS, Quantization, Spec
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -23,6 +25,7 @@ NEEDED = {
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 
+LAYER = re.compile(r"model\.layers\.\d+\.")
 DENSE = (*FLOATS, torch.float64)
 Tensors = dict[str, tuple[int, ...] | Spec]
 
@@ -30,43 +33,34 @@ Tensors = dict[str, tuple[int, ...] | Spec]
 def read_shape(config: Mapping[str, Any]) -> Shape:
     """Take the sizes from a configuration of one of FAMILIES, or raise ValueError naming the key.
 
-    What transformers computes from the same keys is what is meant. Where a layer attends to a
-    sliding window, `max_positions` ends with the window: within it nothing has slid out of sight,
-    so that a context there is exact.
+    Sizes are integers from 1 on and numbers are finite; that a file's tensors have those sizes is
+    for `require_layers` and `Weights.require` to check. What transformers computes from the same
+    keys is what is meant. Where a layer attends to a sliding window, `max_positions` ends with the
+    window: within it nothing has slid out of sight, so that a context there is exact.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ValueError(
-            f"config.json: model_type must be one of {', '.join(FAMILIES)}, got {family!r}"
+            f"config.json: model_type must be one of {', '.join(FAMILIES)}, got {shown(family)}"
         )
     for key, plain in (("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(key, plain) != plain:
-            raise ValueError(f"config.json: {key} must be {plain}, got {config[key]}")
-    bias = family in ("llama", "qwen3") and bool(config.get("attention_bias"))
-    try:
-        if missing := [key for key in NEEDED.get(family, ()) if key not in config]:
-            raise KeyError(missing[0])
-        heads = config["num_attention_heads"]
-        rope = read_rope(config)
-        return Shape(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            norm_eps=config["rms_norm_eps"],
-            max_positions=_max_positions(config, rope),
-            rope=rope,
-            tied=bool(config.get("tie_word_embeddings")),
-            # `qkv_bias` is a key of published EAGLE heads, whatever their model_type.
-            qkv_bias=bool(config.get("qkv_bias", bias or family == "qwen2")),
-            out_bias=bias,
-            head_norms=family == "qwen3",
+            raise ValueError(f"config.json: {key} must be {plain}, got {shown(config[key])}")
+    if missing := [key for key in NEEDED.get(family, ()) if key not in config]:
+        raise ValueError(f"config.json must have {missing[0]!r}")
+    rope = read_rope(config)
+    with naming("config.json"):
+        return _shape(config, family, rope)
+
+
+def require_layers(shape: Shape, names: Iterable[str]) -> None:
+    """Check how many layers these tensors are of, before anything is made for each layer."""
+    numbers = {name.split(".")[2] for name in names if LAYER.match(name)}
+    if shape.num_layers != len(numbers):
+        raise ValueError(
+            f"num_hidden_layers must be {len(numbers)}, since the files hold so many layers, "
+            f"got {shape.num_layers}"
         )
-    except KeyError as error:
-        raise ValueError(f"config.json must have {error}") from error
 
 
 def transformer_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -149,9 +143,34 @@ def _fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     return fused
 
 
+def _shape(config: Mapping[str, Any], family: str, rope: Rope) -> Shape:
+    heads, hidden = read_size(config, "num_attention_heads"), read_size(config, "hidden_size")
+    bias = family in ("llama", "qwen3") and read_flag(config, "attention_bias")
+    head_dim = read_size(config, "head_dim", default=hidden // heads)
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even, two halves being turned, got {head_dim}")
+    return Shape(
+        vocab_size=read_size(config, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=read_size(config, "intermediate_size"),
+        num_layers=read_size(config, "num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=read_size(config, "num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        norm_eps=read_number(config, "rms_norm_eps"),
+        max_positions=_max_positions(config, rope),
+        rope=rope,
+        tied=read_flag(config, "tie_word_embeddings"),
+        # `qkv_bias` is a key of published EAGLE heads, whatever their model_type.
+        qkv_bias=read_flag(config, "qkv_bias", default=bias or family == "qwen2"),
+        out_bias=bias,
+        head_norms=family == "qwen3",
+    )
+
+
 def _max_positions(config: Mapping[str, Any], rope: Rope) -> int:
     """Positions that a context may have: trained for or stretched to, within any window."""
-    most: int = config["max_position_embeddings"]
+    most = read_size(config, POSITIONS)
     if rope.scaling is not None:
         most = max(most, rope.scaling.reach)
     window = _window(config)
@@ -162,18 +181,22 @@ def _window(config: Mapping[str, Any]) -> int | None:
     """Tokens that a layer sees at most, itself included; None where all layers see everything."""
     if config["model_type"] == "llama":
         return None
-    window: int | None = config.get("sliding_window")
+    given = config.get("sliding_window")
+    window = None if given is None else read_size(config, "sliding_window")
     if config["model_type"] == "mistral":
         return window
-    if not config.get("use_sliding_window"):
+    if not read_flag(config, "use_sliding_window"):
         window = None
     kinds = config.get("layer_types")
     if kinds is None:
-        slides = window is not None and config["max_window_layers"] < config["num_hidden_layers"]
-        return window if slides else None
-    if not {*kinds} <= {FULL, SLIDING} or (SLIDING in kinds and window is None):
+        if window is None:
+            return None
+        full = read_size(config, "max_window_layers", least=0)
+        return window if full < read_size(config, "num_hidden_layers") else None
+    known = [FULL] if window is None else [FULL, SLIDING]
+    if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
         raise ValueError(
-            f"config.json: layer_types must be {FULL}, or {SLIDING} where use_sliding_window is "
-            f"true and there is a sliding_window, got {sorted({*kinds})}"
+            f"layer_types must be {FULL}, or {SLIDING} where use_sliding_window is true and "
+            f"there is a sliding_window, got {shown(kinds)}"
         )
     return window if SLIDING in kinds else None

@@ -8,9 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from methods.architecture import EMBEDDING, FUSED, GATE_UP, QKV, read_shape, stored_tensors
 from methods.norm import HeadNorm, RMSNorm
 from methods.transformer import MLP, Attention, Block, Shape, Transformer
+=======
+from methods.architecture import (
+    EMBEDDING,
+    FUSED,
+    GATE_UP,
+    QKV,
+    read_shape,
+    require_layers,
+    stored_tensors,
+)
+from methods.transformer import MLP, Attention, Block, HeadNorm, RMSNorm, Shape, Transformer
+from methods.values import naming, read_flag
+>>>>>>> guard
 from methods.weights import Weights, read_config
 from quant.formats import Layout, Quantization, read_quantization
 from quant.scheme import QuantLinear, Scheme, stack
@@ -22,11 +36,10 @@ def check_transformer(folder: Path) -> Shape:
     config = read_config(folder)
     weights = Weights(folder)
     quantization = _quantization(config, weights)
-    try:
+    with naming(folder):
         shape = read_shape(config)
+        require_layers(shape, weights)
         expected, optional = stored_tensors(shape, quantization)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
     ignored = {"lm_head.weight"} if shape.tied else set()
     weights.require(expected, optional=optional, ignored=ignored)
     return shape
@@ -50,7 +63,9 @@ def stored_in(folder: Path, scheme: Scheme, lm_head: Scheme) -> Stored:
     quantization = _quantization(config, Weights(folder))
     if quantization is None:
         return Stored(scheme=scheme, label=scheme.label, lm_head=lm_head.label)
-    tied = config.get("tie_word_embeddings")  # the output is then the embedding, always dense
+    # Where it is tied, the output is the embedding, always dense.
+    with naming(folder / "config.json"):
+        tied = read_flag(config, "tie_word_embeddings")
     output = None if tied else quantization.layout("lm_head")
     for asked, is_stored in ((scheme, True), (lm_head, output is not None)):
         if is_stored and not asked.as_stored:
@@ -68,9 +83,14 @@ def stored_in(folder: Path, scheme: Scheme, lm_head: Scheme) -> Stored:
 def require_dense(folder: Path) -> Shape:
     """Check a folder whose layers are not quantised, by any sign; give its sizes."""
     shape = check_transformer(folder)
-    if (found := _quantization(read_config(folder), Weights(folder))) is not None:
+    if (found := quantization_of(folder)) is not None:
         raise ValueError(f"{folder}: layers must be dense to be quantised, got {found.label}")
     return shape
+
+
+def quantization_of(folder: Path) -> Quantization | None:
+    """Tell how a folder's layers are stored, by any sign; None where they are dense."""
+    return _quantization(read_config(folder), Weights(folder))
 
 
 class Packer:
@@ -264,10 +284,8 @@ def open_packer(
 
 
 def _quantization(config: Mapping[str, Any], weights: Weights) -> Quantization | None:
-    try:
+    with naming(weights.folder):
         return read_quantization(config, weights.keys())
-    except ValueError as error:
-        raise ValueError(f"{weights.folder}: {error}") from error
 
 
 def _output_module(shape: Shape) -> str:

@@ -111,7 +111,7 @@ class Eagle2(TreeRecipe):
         own = {EMBEDDING: (shape.vocab_size, shape.hidden_size)}
         own[LM_HEAD] = own[EMBEDDING]
         expected = head_shapes(shape)
-        if files.config.get("bias", True):  # as the published code has it
+        if files.flag("bias", default=True):  # as the published code has it
             expected["fc.bias"] = (shape.hidden_size,)
         rotation = read_rotation(family.target)
         if ROTATED in files.weights:

@@ -24,8 +24,13 @@ from methods.head import EAGLE3, EMBEDDING, FLOATS, HeadFiles, open_head
 from methods.norm import RMSNorm
 from methods.recipe import Family, Parts
 from methods.rotation import Rotation, read_rotation
+<<<<<<< HEAD
 from methods.transformer import MLP, Attention, Shape
 from methods.window import Window
+=======
+from methods.transformer import MLP, Attention, RMSNorm, Shape
+from methods.values import shown
+>>>>>>> guard
 from quant.formats import Spec
 from quant.scheme import QuantLinear
 
@@ -114,8 +119,8 @@ class Eagle3(TreeRecipe):
     def head_vocab(self, family: Family, target: Shape) -> int:
         """The target's width and vocabulary must be what the head was trained on."""
         files = open_head(family.head(NAME), EAGLE3, target)
-        shape, draft_vocab = files.shape, _draft_vocab(files)
-        width = files.config.get("target_hidden_size") or shape.hidden_size
+        shape, draft_vocab = files.shape, files.size("draft_vocab_size")
+        width = files.size("target_hidden_size", default=shape.hidden_size)
         if width != target.hidden_size:
             raise ValueError(
                 f"{files.folder}: the width of the target that it reads must be "
@@ -138,8 +143,7 @@ class Eagle3(TreeRecipe):
         """Read the head; its layer and fc go into the drafter's scheme."""
         target = parts.target
         files = open_head(parts.family.head(NAME), EAGLE3, target.shape)
-        shape, config = files.shape, files.config
-        eps, draft_vocab = shape.norm_eps, _draft_vocab(files)
+        shape, draft_vocab = files.shape, files.size("draft_vocab_size")
         rotation = read_rotation(parts.family.target)
         tensors = files.tensors(besides={EMBEDDING})
         if rotation is not None:
@@ -154,16 +158,16 @@ class Eagle3(TreeRecipe):
             taps=_taps(files, target.shape),
             embedding=target.embedding if embedding is None else embedding,
             fc=packer.linear("fc", "fc"),
-            embedding_norm=packer.norm(EMBEDDING_NORM, eps),
-            hidden_norm=packer.norm(f"{PREFIX}hidden_norm.weight", eps),
+            embedding_norm=packer.norm(EMBEDDING_NORM, shape.norm_eps),
+            hidden_norm=packer.norm(f"{PREFIX}hidden_norm.weight", shape.norm_eps),
             attention=packer.attention("attention", PREFIX, shape),
-            mlp_norm=packer.norm(f"{PREFIX}post_attention_layernorm.weight", eps),
+            mlp_norm=packer.norm(f"{PREFIX}post_attention_layernorm.weight", shape.norm_eps),
             mlp=packer.mlp("mlp", PREFIX),
-            norm=packer.norm("norm.weight", eps),
+            norm=packer.norm("norm.weight", shape.norm_eps),
             lm_head=packer.of(parts.lm_head or parts.dense).linear("lm_head", "lm_head"),
             offsets=offsets.to(target.device),
-            norm_before_residual=bool(config.get("norm_before_residual", False)),
-            norm_output=bool(config.get("norm_output", False)),
+            norm_before_residual=files.flag("norm_before_residual"),
+            norm_output=files.flag("norm_output"),
         ).eval()
 
 
@@ -201,13 +205,6 @@ def _absorbed(
     return absorbed | {EMBEDDING_NORM: torch.ones_like(scale)}
 
 
-def _draft_vocab(files: HeadFiles) -> int:
-    size = files.config.get("draft_vocab_size")
-    if not isinstance(size, int):
-        raise ValueError(f"{files.folder}: config.json must have draft_vocab_size, got {size!r}")
-    return size
-
-
 def _target_ids(files: HeadFiles, draft_vocab: int) -> Tensor:
     """The target's id of each draft id, [draft_vocab]; ValueError where it is none, or unclear."""
     weights, vocab = files.weights, files.shape.vocab_size
@@ -239,20 +236,20 @@ def _taps(files: HeadFiles, target: Shape) -> tuple[int, ...]:
     read; in `eagle_config`, as SGLang and SpecForge read it, the layer whose output is.
     """
     layers, config = target.num_layers, files.config
-    nested = (config.get("eagle_config") or {}).get(TAPS)
+    nested = files.section("eagle_config").get(TAPS)
     for listed in (config.get(TAPS), nested):
         if listed is not None and not isinstance(listed, list):
-            raise ValueError(f"{files.folder}: {TAPS} must be a list, got {listed!r}")
+            raise ValueError(f"{files.folder}: {TAPS} must be a list, got {shown(listed)}")
     if (named := config.get(TAPS)) is not None:
         taps = tuple(named)
     elif nested is not None:
-        taps = tuple(i + 1 if isinstance(i, int) else i for i in nested)
+        taps = tuple(i + 1 if type(i) is int else i for i in nested)
     else:
         taps = (2, layers // 2, layers - 3)
-    known = all(isinstance(t, int) and 0 <= t < layers for t in taps)
+    known = all(type(t) is int and 0 <= t < layers for t in taps)
     if not taps or not known or len(set(taps)) < len(taps):
         raise ValueError(
             f"{files.folder}: the head must read inputs of the target's layers 0 to {layers - 1}, "
-            f"got {list(taps)}"
+            f"got {shown(list(taps))}"
         )
     return taps

@@ -16,6 +16,7 @@ from torch import Tensor
 from methods.architecture import read_shape
 from methods.rotation import Rotation
 from methods.transformer import Shape, Transformer
+from methods.values import naming, read_flag, read_section, read_size, shown
 from methods.weights import Weights, read_config
 from quant.formats import Spec
 
@@ -54,6 +55,21 @@ class HeadFiles:
     shape: Shape
     weights: Weights
 
+    def size(self, key: str, *, default: int | None = None) -> int:
+        """Give a size of the config, or raise ValueError."""
+        with naming(self.folder / "config.json"):
+            return read_size(self.config, key, default=default)
+
+    def flag(self, key: str, *, default: bool = False) -> bool:
+        """Give a switch of the config, or raise ValueError."""
+        with naming(self.folder / "config.json"):
+            return read_flag(self.config, key, default=default)
+
+    def section(self, key: str) -> Mapping[str, Any]:
+        """Give an object of the config, empty where there is none, or raise ValueError."""
+        with naming(self.folder / "config.json"):
+            return read_section(self.config, key)
+
     def require(
         self,
         shapes: Mapping[str, tuple[int, ...]],
@@ -68,7 +84,7 @@ class HeadFiles:
                 method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
                 raise ValueError(
                     f"{self.folder}: a draft head must be stored dense, got quantization_config "
-                    f"{method!r}"
+                    f"{shown(method)}"
                 )
         floats = {name: Spec(dtypes=FLOATS, shape=shape) for name, shape in shapes.items()}
         self.weights.require(floats, optional=optional)
@@ -109,14 +125,17 @@ def open_head(folder: Path, kind: str, target: Shape) -> HeadFiles:
         renamed = RENAMED[kind]
     layers = config.get("num_hidden_layers", 1)
     if layers != 1:
-        raise ValueError(f"{folder}: num_hidden_layers must be 1 in a draft head, got {layers}")
+        raise ValueError(
+            f"{folder}: num_hidden_layers must be 1 in a draft head, got {shown(layers)}"
+        )
     for key in REFUSED[kind]:
         if config.get(key):
             raise ValueError(f"{folder}: {key} must be false, nothing here computes it")
     weights = Weights(folder, renamed=renamed)
     # EAGLE's code asks this key, not the family; files without it have biases or have none.
     biased = any(name.endswith("q_proj.bias") for name in weights)
-    shape = read_shape({"qkv_bias": biased} | config)
+    with naming(folder):
+        shape = read_shape({"qkv_bias": biased} | config)
     if shape.vocab_size != target.vocab_size:
         raise ValueError(
             f"{folder}: vocab_size must be the target's {target.vocab_size}, got {shape.vocab_size}"
@@ -128,14 +147,14 @@ def _from_speculators(config: Mapping[str, Any], kind: str, folder: Path) -> dic
     """Bring speculators' keys into the form of EAGLE's config.json."""
     found = config["speculators_model_type"]
     if found != kind:
-        raise ValueError(f"{folder}: speculators_model_type must be {kind}, got {found!r}")
+        raise ValueError(f"{folder}: speculators_model_type must be {kind}, got {shown(found)}")
     layer = config.get("transformer_layer_config")
     if not isinstance(layer, Mapping) or layer.get("model_type", "llama") != "llama":
         got = layer.get("model_type") if isinstance(layer, Mapping) else layer
-        raise ValueError(f"{folder}: transformer_layer_config must be a llama's, got {got!r}")
+        raise ValueError(f"{folder}: transformer_layer_config must be a llama's, got {shown(got)}")
     if "sliding_attention" in str(layer.get("layer_types")):
         raise ValueError(f"{folder}: layer_types must be full_attention, got sliding_attention")
     own = {key: value for key, value in config.items() if key != "transformer_layer_config"}
     flat = LLAMA_DEFAULTS | dict(layer) | own
     # The whole config's own type names the head, not the layer's architecture.
-    return flat | {"model_type": "llama", "bias": bool(config.get("fusion_bias", False))}
+    return flat | {"model_type": "llama", "bias": config.get("fusion_bias") or False}

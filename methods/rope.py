@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from methods.values import naming, read_flag, read_number, read_section, read_size, shown
+
 DEFAULT_THETA = 10000.0
+POSITIONS, ORIGINAL = "max_position_embeddings", "original_max_position_embeddings"
 KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -98,7 +101,8 @@ class Yarn(Scaling):
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         # The last index is half - 1; that the ramp may end behind it is the published behaviour.
-        low, high = max(low, 0), min(high, 2 * half - 1)
+        # As floats, since an index of absurd settings is beyond the integers that a tensor takes.
+        low, high = float(max(low, 0)), float(min(high, 2 * half - 1))
         if low == high:
             high += 0.001  # as published: a step, not a division by zero
         index = torch.arange(half, dtype=plain.dtype, device=plain.device)
@@ -173,30 +177,27 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
     `dynamic` equals `default` up to max_position_embeddings, where a context ends here: only
     beyond would frequencies depend on the length, and cached keys no longer fit.
     """
-    try:
+    with naming("config.json: rotary embedding"):
         values = _values(config)
-        return Rope(theta=_number(values, "rope_theta"), scaling=_scaling(values, config))
-    except ValueError as error:
-        raise ValueError(f"config.json: {error}") from error
+        # At 1 all frequencies would be 1, and YaRN's would divide by its logarithm.
+        theta = read_number(values, "rope_theta", above=1)
+        return Rope(theta=theta, scaling=_scaling(values, config))
 
 
 def _values(config: Mapping[str, Any]) -> dict[str, Any]:
     """Bring both spellings into the newer one; where both stand, transformers takes the older."""
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(given, Mapping) or any(isinstance(v, Mapping) for v in given.values()):
-        raise ValueError(f"the rotary embedding must be one for all layers, got {given!r}")
+    given = read_section(config, "rope_scaling") or read_section(config, "rope_parameters")
+    if any(isinstance(value, Mapping) for value in given.values()):
+        raise ValueError(f"the values must be the same for all layers, got {shown(given)}")
     values = dict(given)
-    for key, default in (("rope_theta", DEFAULT_THETA), ("partial_rotary_factor", 1)):
+    for key, default in (("rope_theta", DEFAULT_THETA), ("partial_rotary_factor", 1.0)):
         if values.get(key) is None:
-            values[key] = config.get(key) or default
-    if values["partial_rotary_factor"] != 1:
-        raise ValueError(
-            f"partial_rotary_factor must be 1, got {values['partial_rotary_factor']!r}"
-        )
-    key = "original_max_position_embeddings"
-    values.setdefault(key, config["max_position_embeddings"])
-    if key in config:  # before the scaling's own, as in transformers
-        values[key] = config[key]
+            values[key] = read_number(config, key, default=default)
+    if (part := read_number(values, "partial_rotary_factor")) != 1:
+        raise ValueError(f"partial_rotary_factor must be 1, got {part:g}")
+    values.setdefault(ORIGINAL, config.get(POSITIONS))
+    if ORIGINAL in config:  # before the scaling's own, as in transformers
+        values[ORIGINAL] = config[ORIGINAL]
     return values
 
 
@@ -205,47 +206,37 @@ def _scaling(values: Mapping[str, Any], config: Mapping[str, Any]) -> Scaling | 
     if kind in ("default", "dynamic"):
         return None
     if kind == "linear":
-        return Linear(factor=_number(values, "factor"))
+        return Linear(factor=read_number(values, "factor"))
     if kind == "llama3":
         return Llama3(
-            factor=_number(values, "factor"),
-            low_freq_factor=_number(values, "low_freq_factor"),
-            high_freq_factor=_number(values, "high_freq_factor"),
-            original_positions=int(_number(values, "original_max_position_embeddings")),
+            factor=read_number(values, "factor"),
+            low_freq_factor=read_number(values, "low_freq_factor"),
+            high_freq_factor=read_number(values, "high_freq_factor"),
+            original_positions=read_size(values, ORIGINAL),
         )
     if kind == "yarn":
-        return _yarn(values, config["max_position_embeddings"])
-    raise ValueError(f"the rope type must be one of {', '.join(KINDS)}, got {kind!r}")
+        return _yarn(values, read_size(config, POSITIONS))
+    raise ValueError(f"the rope type must be one of {', '.join(KINDS)}, got {shown(kind)}")
 
 
 def _yarn(values: Mapping[str, Any], max_positions: int) -> Yarn:
     """Read YaRN's keys; most of them may be absent or null."""
-    original = int(_number(values, "original_max_position_embeddings"))
-    implied = values.get("factor") is None
-    factor = max_positions / original if implied else _number(values, "factor")
-    attention = values.get("attention_factor")
-    if attention is None:
-        attention = _mscale(factor, 1.0)
-        if values.get("mscale") and values.get("mscale_all_dim"):
-            attention = _mscale(factor, _number(values, "mscale"))
-            attention /= _mscale(factor, _number(values, "mscale_all_dim"))
+    original = read_size(values, ORIGINAL)
+    factor = read_number(values, "factor", default=max_positions / original)
+    attention = _mscale(factor, 1.0)
+    if values.get("mscale") and values.get("mscale_all_dim"):
+        attention = _mscale(factor, read_number(values, "mscale"))
+        attention /= _mscale(factor, read_number(values, "mscale_all_dim"))
     return Yarn(
         factor=factor,
         original_positions=original,
-        beta_fast=_number({"beta_fast": values.get("beta_fast") or 32}, "beta_fast"),
-        beta_slow=_number({"beta_slow": values.get("beta_slow") or 1}, "beta_slow"),
-        truncate=bool(values.get("truncate", True)),
-        attention=_number({"attention_factor": attention}, "attention_factor"),
+        beta_fast=read_number(values, "beta_fast", default=32),
+        beta_slow=read_number(values, "beta_slow", default=1),
+        truncate=read_flag(values, "truncate", default=True),
+        attention=read_number(values, "attention_factor", default=attention),
     )
 
 
 def _mscale(factor: float, weight: float) -> float:
     """YaRN's temperature, eq. 22, for a stretch by `factor`."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-
-def _number(values: Mapping[str, Any], key: str) -> float:
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{key} of the rotary embedding must be a number above 0, got {value!r}")
-    return float(value)

@@ -4,7 +4,6 @@ Everything is checked before anything is allocated. Pickles are read where a fol
 else, as published draft heads do, and only where they hold nothing but tensors.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from methods.shards import Shard, open_shard
+from methods.values import read_json, shown
 from quant.formats import Spec
 
 INDEX = "model.safetensors.index.json"
@@ -40,9 +40,9 @@ class Weights(Mapping[str, Tensor]):
             found |= dict.fromkeys(shard.names, path.name)
             self._place_of |= {_renamed(n, renamed or {}): (shard, n) for n in shard.names}
         if indexed is not None and (wrong := indexed.items() ^ found.items()):
-            shown = _some({name for name, _ in wrong})
             raise ValueError(
-                f"{index} must name every tensor's file, got {shown} elsewhere or nowhere"
+                f"{index} must name every tensor's file, got {_some({name for name, _ in wrong})} "
+                "elsewhere or nowhere"
             )
         if len(self._place_of) < len(found):
             raise ValueError(f"{folder} must hold a tensor once, got two that are renamed to one")
@@ -106,21 +106,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} must be a checkpoint folder with a config.json, found none")
-    config = _read_object(path)
+    config = read_json(path)
     older = folder / QUANTIZE_CONFIG
-    if "quantization_config" not in config and older.is_file():
-        config["quantization_config"] = {"quant_method": "gptq"} | _read_object(older)
+    if config.get("quantization_config") is None and older.is_file():
+        config["quantization_config"] = {"quant_method": "gptq"} | read_json(older)
     return config
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must be a JSON object, got {type(found).__name__}")
-    return found
 
 
 def _index_file(folder: Path) -> Path | None:
@@ -133,21 +123,21 @@ def _index_file(folder: Path) -> Path | None:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Which file holds which tensor."""
-    try:
-        named = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in named.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} must be JSON with a weight_map: {error!r}") from error
+    named = read_json(path).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise ValueError(f"{path} must have a weight_map from tensors to files, got {shown(named)}")
+    # By the listing, and not by asking for the name: it may be too long, absolute or above.
+    there = {file.name for file in path.parent.iterdir() if file.is_file()}
+    for file in named.values():
+        if not isinstance(file, str) or file not in there:
+            raise ValueError(f"{path} must name files beside it, got {shown(file)}")
+    return named
 
 
 def _weight_files(folder: Path, indexed: Mapping[str, str] | None) -> list[Path]:
     if indexed is None:
         return [_only_file(folder)]
-    paths = [folder / name for name in sorted(set(indexed.values()))]
-    for path in paths:
-        if path.parent != folder or not path.is_file():
-            raise ValueError(f"{folder} must hold {path.name}, found none")
-    return paths
+    return [folder / name for name in sorted(set(indexed.values()))]
 
 
 def _only_file(folder: Path) -> Path:
@@ -166,7 +156,8 @@ def _only_file(folder: Path) -> Path:
 
 
 def _safetensors(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.glob("*.safetensors")) if path.name != ROTATION]
+    found = [path for path in sorted(folder.glob("*.safetensors")) if path.is_file()]
+    return [path for path in found if path.name != ROTATION]
 
 
 def _renamed(name: str, starts: Mapping[str, str]) -> str:
@@ -177,5 +168,5 @@ def _renamed(name: str, starts: Mapping[str, str]) -> str:
 
 
 def _some(names: Set[str]) -> str:
-    shown = ", ".join(sorted(names)[:3]) or "none"
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+    first = ", ".join(shown(name)[1:-1] for name in sorted(names)[:3]) or "none"
+    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first

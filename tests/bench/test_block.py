@@ -6,7 +6,8 @@ from threading import Thread
 import pytest
 
 from bench.block import Arm, Block, check_schema, is_finished, run_block
-from bench.record import Cell, Status, read_json, write_json
+from bench.record import Cell, Status, write_json
+from methods.values import read_json
 
 CHILD = "tests.bench.fake_child"
 LABELS = {

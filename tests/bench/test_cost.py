@@ -8,7 +8,8 @@ from bench import cost, cost_cell
 from bench.block import read_status
 from bench.child import ArmJob, Child, Job
 from bench.plan import Planner
-from bench.record import Cell, Cost, read_json, read_lines
+from bench.record import Cell, Cost, read_lines
+from methods.values import read_json
 from tests.bench.tiny import composed, write_world
 
 WORDS = (

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from bench import hub
 from bench.build import ROOT
-from bench.record import read_json
+from methods.values import read_json
 from tests.bench.tiny import LENGTHS, LIMIT, write_world
 from tests.hub import Hub, Repo, serve
 

@@ -81,6 +81,15 @@ def test_weights_are_known_by_content(tmp_path: Path) -> None:
     assert WeightHashes(memory).of([folder]) != found
 
 
+def test_what_is_named_like_weights_but_is_no_file_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "link.bin").symlink_to("nowhere")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    found = WeightHashes(None).of([tmp_path])
+    assert [name.rpartition("/")[2] for name in found] == ["model.safetensors"]
+
+
 def test_a_rewritten_file_of_the_same_size_and_time_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"abc")

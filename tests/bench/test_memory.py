@@ -1,7 +1,9 @@
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bench.config import Config, parse, resolve
 from bench.load import Loader
@@ -99,6 +101,34 @@ def test_the_largest_scheme_that_fits_is_offered(world: list[str]) -> None:
     offered = refused.partition("quant=")[2].partition(" ")[0]
     assert needed(config_of(world, f"quant={offered}"), [], 256).total <= have
     assert misfit(config, [], 256, have=1000).endswith("nothing here fits")
+
+
+def test_a_folder_that_says_null_of_its_quantisation_is_dense(world: list[str]) -> None:
+    config = config_of(world)
+    fp8 = needed(config_of(world, "quant=fp8"), [], 256)
+    path = config.model.family.target / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"quantization_config": None}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    assert needed(config_of(world, "quant=fp8"), [], 256) == fp8
+    assert "quant=" in misfit(config, [], 256, have=needed(config, [], 256).weights - 1)
+
+
+def test_a_folder_that_is_quantised_by_its_names_alone_takes_what_it_stores(
+    world: list[str],
+) -> None:
+    """DeepCompressor's form: int8 codes and a scale for each row, and no quantization_config."""
+    config = config_of(world, "quant=checkpoint", "quant.lm_head=checkpoint")
+    folder = config.model.family.target
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = (tensors[name].abs().amax(1) / 127).half()
+        codes = (tensors[name] / scale.float().unsqueeze(1)).round().clamp(-127, 127)
+        tensors |= {name: codes.to(torch.int8), name.replace("weight", "dequant_scale"): scale}
+    save_file(tensors, folder / "model.safetensors")
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    need = needed(config, [], 256)
+    assert need.weights == stored
+    assert misfit(config, [], 256, have=stored - 1).endswith("nothing here fits")
 
 
 def test_the_machine_says_how_much_memory_is_free() -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench import preflight
-from bench.record import read_json
+from methods.values import read_json
 from tests.bench.tiny import LIMIT, planned, write_tokenizer, write_world
 
 Check = Callable[..., tuple[int, list[str]]]

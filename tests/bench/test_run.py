@@ -13,7 +13,8 @@ from bench.block import read_status
 from bench.cell import interleaved, seed_of, torn_round
 from bench.child import ArmJob, Child, Job
 from bench.plan import Planner
-from bench.record import read_json, write_json, write_lines
+from bench.record import write_json, write_lines
+from methods.values import read_json
 from tests.bench.tiny import LENGTHS, LIMIT, generations, planned, start, write_world
 
 SMALL = (f"task.max_new_tokens={LIMIT}", "threads=1")

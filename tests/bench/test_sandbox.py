@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from bench import sandbox
 from bench.build import ROOT
 from bench.sandbox import Limits, Outcome
-from bench.trial import decode, encode
+from bench.trial import UNREADABLE, decode, encode
 
 LIMITS = Limits(timeout_s=2, memory_mib=256, processes=4, files=32, file_mib=4)
 NEXT = "def f(x):\n    return x + 1\n"
@@ -113,6 +114,100 @@ def test_memory_cannot_be_had_as_files_or_shared_segments() -> None:
     segment = "import ctypes\nx = ctypes.CDLL(None).shmget(0, 4096, 0o1777)\nf = lambda _: x\n"
     if "noshm" in tried(NEXT).sandbox:  # an ordinary user's, on an older kernel, may have some
         assert tried(segment, "assert f(0) == -1").outcome == "passed"
+
+
+@pytest.mark.parametrize(
+    "grow",
+    [
+        "os.write(fd, bytes(4 << 20)) and os.write(fd, b'x')",
+        "os.ftruncate(fd, (4 << 20) + 1)",
+        "os.posix_fallocate(fd, 0, (4 << 20) + 1)",
+    ],
+)
+def test_a_file_in_memory_without_a_name_is_bounded_like_any_file(grow: str) -> None:
+    start = "import ctypes, os\nfd = os.memfd_create('x')\n"
+    assert tried(f"{start}os.write(fd, bytes(4 << 20))\n{NEXT}").outcome == "passed"
+    assert tried(f"{start}{grow}\n{NEXT}").detail == "OSError: [Errno 27] File too large"
+
+
+def test_a_file_in_memory_has_no_memory_behind_its_end() -> None:
+    keep_size = (
+        "import ctypes, os\nfd = os.memfd_create('x')\n"
+        "def f(x):\n    size = ctypes.c_long((4 << 20) + x)\n"
+        "    return ctypes.CDLL(None).fallocate(fd, 1, ctypes.c_long(0), size)\n"
+    )
+    assert tried(keep_size, "assert [f(0), f(1)] == [0, -1]").outcome == "passed"
+
+
+def test_files_in_memory_without_a_name_are_as_many_as_files_may_be_open() -> None:
+    count = (
+        "import os\nmade = 0\ntry:\n    while True:\n        os.memfd_create('x')\n"
+        "        made += 1\nexcept OSError:\n    pass\nf = lambda _: made\n"
+    )
+    assert tried(count, f"assert 0 < f(0) < {LIMITS.files}, f(0)").outcome == "passed"
+
+
+def test_an_answer_too_large_for_the_judges_memory_is_a_failure() -> None:
+    forged = (
+        "import socket, struct\n"
+        # 1.5 million lists: 4.5 MB as text, 96 MB in memory
+        "text = b'{\"value\": {\"list\": [' + b'[],' * 1_500_000 + b'[]]}}'\n"
+        "for number in range(3, 16):\n    try:\n"
+        "        judge = socket.socket(fileno=number)\n    except OSError:\n        continue\n"
+        "    judge.sendall(struct.pack('!Q', len(text)))\n    judge.sendall(text)\n"
+    )
+    small = replace(LIMITS, memory_mib=64, timeout_s=20)
+    found = sandbox.run(forged + NEXT, "f", setup="", test="f(1)", limits=small)
+    assert (found.outcome, found.detail) == ("failed", "the program's answer cannot be read")
+
+
+def test_standard_input_is_at_its_end_and_not_where_the_tests_come_from() -> None:
+    read = (
+        "import os, stat, sys\ndef f(x):\n"
+        "    return [os.read(0, 1), sys.stdin.read(), stat.S_ISCHR(os.fstat(0).st_mode)]\n"
+    )
+    assert tried(read, "assert f(0) == [b'', '', True]").outcome == "passed"
+
+
+def test_no_program_gains_rights_by_what_it_starts() -> None:
+    asked = "import ctypes\nf = lambda _: ctypes.CDLL(None).prctl(39, 0, 0, 0, 0)\n"
+    assert tried(asked, "assert f(0) == 1").outcome == "passed"  # PR_GET_NO_NEW_PRIVS
+
+
+@pytest.mark.parametrize(
+    ("value", "test"),
+    [
+        ("Fraction(x + 1, 1)", "assert f(1) == 2"),
+        ("Fraction(x, 2)", "assert f(1) == 0.5"),
+        ("Decimal(x + 1)", "assert f(1) == 2"),
+        ("Decimal('0.10')", "assert str(f(1)) == '0.10'"),
+        ("[Decimal(x), Fraction(x)]", "assert f(1) == [1, 1]"),
+        ("Decimal(x)", "assert round(f(1), 2) == 1 and f(2) < 2.5"),
+    ],
+)
+def test_exact_numbers_compare_as_they_would_in_one_process(value: str, test: str) -> None:
+    imports = "from decimal import Decimal\nfrom fractions import Fraction\n"
+    source = f"{imports}def f(x):\n    return {value}\n"
+    names: dict[str, object] = {}
+    exec(f"{source}\n{test}", names)  # noqa: S102  what the data set's own harness does
+    assert tried(source, test).outcome == "passed"
+    assert tried(source.replace("(x", "(7 * x").replace("0.10", "0.1"), test).outcome == "failed"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"fraction": ["0x1", "0x0"]},
+        {"fraction": ["0x1"]},
+        {"fraction": [1, 2]},
+        {"decimal": "one"},
+        {"decimal": None},
+        {"decimal": {"int": "0x1"}},
+    ],
+)
+def test_a_number_that_is_none_cannot_be_read(answer: object) -> None:
+    with pytest.raises(UNREADABLE):
+        decode(answer)
 
 
 def test_a_write_outside_is_stopped(tmp_path: Path) -> None:

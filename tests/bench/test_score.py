@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from bench.record import Generation, write_json
-from bench.record import read_json as read
 from bench.score import Unscored, judge
+from methods.values import read_json as read
 from tests.bench.tasks import task_of
 from tests.bench.test_run import work
 from tests.bench.test_sandbox import can_isolate

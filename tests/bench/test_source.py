@@ -87,6 +87,7 @@ def test_parquet_needs_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("x.parquet", "text", r"x\.parquet must be a Parquet file"),
         ("x.jsonl.gz", "text", r"x\.jsonl\.gz must be a gzip file"),
         ("x.jsonl", '\n{"text":\n', r"x\.jsonl:2: a line must be a JSON object"),
+        ("x.jsonl", "[" * 10**5, r"x\.jsonl:1: a line must be a JSON object: .* nested 64 deep"),
         ("x.jsonl", "[1]\n", r"x\.jsonl:1: a line must be a JSON object, got b'\[1\]'"),
     ],
 )

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from methods.architecture import FUSED, stored_tensors
+from methods.architecture import DENSE, FUSED, stored_tensors
 from methods.checkpoint import Packer, build_transformer, check_transformer
 from methods.transformer import Transformer
 from quant.dense import Dense
+from quant.formats import Spec
 from quant.formats.native import NativeQuantization
 from quant.stored import AsStored
 from tests.family import family_config, llama_config, write_llama
@@ -73,7 +74,8 @@ def test_fused_projections_have_fused_biases(qwen2: Path) -> None:
     shape = check_transformer(qwen2)
     required, _ = stored_tensors(shape, quantization)
     assert required.keys() == tensors.keys()
-    assert required["model.layers.0.self_attn.qkv_proj.bias"].shape == ((4 + 2 + 2) * 32,)
+    fused = Spec(dtypes=DENSE, shape=((4 + 2 + 2) * 32,))
+    assert required["model.layers.0.self_attn.qkv_proj.bias"] == fused
     packer = Packer(
         tensors,
         AsStored(),

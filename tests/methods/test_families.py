@@ -177,7 +177,7 @@ def test_positions_end_where_exactness_does(
     [
         ("qwen2", {"layer_types": ["chunked_attention"] * 5}, r"layer_types must be .*chunked"),
         ("qwen3", {"layer_types": ["sliding_attention"] * 5}, r"where use_sliding_window is true"),
-        ("qwen2", {"hidden_act": "gelu"}, "hidden_act must be silu, got gelu"),
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act must be silu, got 'gelu'"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(

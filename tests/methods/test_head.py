@@ -264,6 +264,38 @@ REFUSALS: dict[str, tuple[Callable[[Path], Published], str]] = {
         lambda root: write_pickle(eagle3(root, target_hidden_size=256)),
         "the width of the target that it reads must be 128, got 256",
     ),
+    "a width that is a text": (
+        lambda root: write_pickle(eagle3(root, target_hidden_size="128")),
+        r"head/config\.json: target_hidden_size must be an integer from 1 .*got '128'",
+    ),
+    "a draft vocabulary that is a switch": (
+        lambda root: _edited(eagle3(root), draft_vocab_size=True),
+        r"head/config\.json: draft_vocab_size must be an integer from 1 .*got True",
+    ),
+    "a draft vocabulary that no tensor has": (
+        lambda root: _edited(eagle3(root), draft_vocab_size=2**40),
+        r"d2t must be \[1099511627776\], got \[48\]",
+    ),
+    "a size that is a text": (
+        lambda root: write_pickle(eagle2(root, bias=False, hidden_size="128")),
+        r"head: config\.json: hidden_size must be an integer from 1 .*got '128'",
+    ),
+    "a number of layers that is a switch": (
+        lambda root: write_pickle(eagle2(root, bias=False, num_hidden_layers=True)),
+        r"head: config\.json: num_hidden_layers must be an integer from 1 .*got True",
+    ),
+    "a bias that is a text": (
+        lambda root: write_pickle(eagle2(root, bias="false")),
+        r"head/config\.json: bias must be true or false, got 'false'",
+    ),
+    "settings that are a list": (
+        lambda root: _edited(eagle3(root), eagle_config=[1]),
+        r"head/config\.json: eagle_config must be an object, got \[1\]",
+    ),
+    "a layer that is a switch": (
+        lambda root: _edited(eagle3(root), eagle_aux_hidden_state_layer_ids=[True, 2, 4]),
+        r"inputs of the target's layers 0 to 4, got \[True, 2, 4\]",
+    ),
     "a layer that the target has not": (
         lambda root: write_pickle(eagle3(root, eagle_aux_hidden_state_layer_ids=[1, 2, 5])),
         r"inputs of the target's layers 0 to 4, got \[1, 2, 5\]",
@@ -301,6 +333,11 @@ def test_safetensors_go_before_a_pickle(tmp_path: Path) -> None:
     published = write_safetensors(eagle2(tmp_path, bias=False))
     shutil.copyfile(published.folder / "config.json", published.folder / "pytorch_model.bin")
     check(published)
+
+
+def _edited(head: Published, **changes: object) -> Published:
+    head.config |= changes
+    return write_pickle(head)
 
 
 def _speculators(head: Published, **changes: object) -> Published:

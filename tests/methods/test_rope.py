@@ -120,10 +120,10 @@ def test_original_positions_beside_the_scaling_go_first() -> None:
     [
         ({"rope_type": "longrope", "factor": 4.0}, "rope type must be one of .*got 'longrope'"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "factor must be 1, got 0.5"),
-        ({"rope_type": "linear"}, "factor of the rotary embedding must be a number above 0"),
-        ({"rope_type": "yarn", "factor": "4"}, "must be a number above 0, got '4'"),
+        ({"rope_type": "linear"}, "factor must be a finite number above 0, got None"),
+        ({"rope_type": "yarn", "factor": "4"}, "factor must be a finite number above 0, got '4'"),
         (SCALINGS["llama3"] | {"high_freq_factor": 1.0}, "high_freq_factor must be above .*=1.0"),
-        ({"full_attention": {"rope_type": "default"}}, "must be one for all layers"),
+        ({"full_attention": {"rope_type": "default"}}, "must be the same for all layers"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(rope: dict[str, Any], message: str) -> None:
