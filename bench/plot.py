@@ -26,6 +26,7 @@ from bench.rows import CellRow, CostRow, QualityRow, is_dense
 
 STAGES = {
     "share_draft_prefill": ("drafter's prefill", "#CC79A7", "xx"),
+    "share_host": ("host", "#999999", "xx"),
     "share_draft": ("draft", "#E69F00", "//"),
     "share_verify": ("verify", "#1F7FBF", ""),
     "share_commit": ("commit", "#009E73", ".."),

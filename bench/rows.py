@@ -63,6 +63,7 @@ class CellRow:
     num_steps: int | None = None
     drafted_per_step: float | None = None
     share_draft_prefill: float | None = None
+    share_host: float | None = None
     share_draft: float | None = None
     share_verify: float | None = None
     share_commit: float | None = None

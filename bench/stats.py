@@ -190,6 +190,7 @@ def _measured(row: CellRow, ok: Sequence[Generation], bootstrap: Bootstrap) -> C
         num_steps=metrics.num_steps(ok),
         drafted_per_step=metrics.drafted_per_step(ok),
         share_draft_prefill=shares.get("draft_prefill"),
+        share_host=shares.get("host"),
         share_draft=shares.get("draft"),
         share_verify=shares.get("verify"),
         share_commit=shares.get("commit"),
