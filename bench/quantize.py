@@ -28,11 +28,12 @@ from bench.likelihood import Reader, score
 from bench.load import load_tokenizer
 from bench.machine import check_machine
 from bench.quantizer import Job, Quantizer
-from bench.record import VANILLA, read_json, write_json
+from bench.record import VANILLA, write_json
 from bench.shards import close, is_finished
 from bench.source import read_file
 from bench.text import Evaluation, Text, encode, windows
 from methods.checkpoint import check_transformer, load_transformer
+from methods.values import read_json
 from quant.scheme import Scheme
 
 STORED = "checkpoint"  # the file of conf/quant that reads what was written

@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.build import ROOT
-<<<<<<< HEAD
 from bench.hub import TIMEOUT_S
-=======
 from methods.values import parse_json
->>>>>>> guard
 
 
 @dataclass(frozen=True, kw_only=True)

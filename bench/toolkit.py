@@ -22,13 +22,8 @@ from torch import Tensor
 
 from bench.build import ROOT
 from bench.quantizer import Job, Quantizer
-<<<<<<< HEAD
-from bench.record import read_json, write_json
-from bench.shards import UNFINISHED, plan_of
-=======
 from bench.record import write_json
-from bench.shards import UNFINISHED
->>>>>>> guard
+from bench.shards import UNFINISHED, plan_of
 from methods.checkpoint import load_transformer, require_dense, stored_in
 from methods.transformer import Transformer
 from methods.values import read_json

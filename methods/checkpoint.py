@@ -8,11 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from methods.architecture import EMBEDDING, FUSED, GATE_UP, QKV, read_shape, stored_tensors
-from methods.norm import HeadNorm, RMSNorm
-from methods.transformer import MLP, Attention, Block, Shape, Transformer
-=======
 from methods.architecture import (
     EMBEDDING,
     FUSED,
@@ -22,9 +17,9 @@ from methods.architecture import (
     require_layers,
     stored_tensors,
 )
-from methods.transformer import MLP, Attention, Block, HeadNorm, RMSNorm, Shape, Transformer
+from methods.norm import HeadNorm, RMSNorm
+from methods.transformer import MLP, Attention, Block, Shape, Transformer
 from methods.values import naming, read_flag
->>>>>>> guard
 from methods.weights import Weights, read_config
 from quant.formats import Layout, Quantization, read_quantization
 from quant.scheme import QuantLinear, Scheme, stack

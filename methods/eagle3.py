@@ -24,13 +24,9 @@ from methods.head import EAGLE3, EMBEDDING, FLOATS, HeadFiles, open_head
 from methods.norm import RMSNorm
 from methods.recipe import Family, Parts
 from methods.rotation import Rotation, read_rotation
-<<<<<<< HEAD
 from methods.transformer import MLP, Attention, Shape
-from methods.window import Window
-=======
-from methods.transformer import MLP, Attention, RMSNorm, Shape
 from methods.values import shown
->>>>>>> guard
+from methods.window import Window
 from quant.formats import Spec
 from quant.scheme import QuantLinear
 
