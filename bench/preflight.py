@@ -33,10 +33,10 @@ from bench.door import OK, UNFINISHED, collect
 from bench.task import encode, load
 from methods.checkpoint import check_transformer, stored_in
 from methods.decode import Method
-from methods.grow import TreeRecipe
 from methods.hierarchical import Hierarchical
 from methods.recipe import Family, Parts, Recipe
 from methods.rotation import is_norm_folded, read_rotation
+from methods.tree_recipe import TreeRecipe
 from methods.weights import Weights
 
 PASSED, WARNED, FAILED = "ok", "warn", "FAIL"

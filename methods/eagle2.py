@@ -18,11 +18,12 @@ from torch import Tensor
 
 from methods.architecture import block_shapes
 from methods.checkpoint import Packer, load_lm_head
-from methods.grow import Head, TreeRecipe
+from methods.grow import Head
 from methods.head import EAGLE, EMBEDDING, FLOATS, LM_HEAD, HeadFiles, open_head
 from methods.recipe import Family, Parts
 from methods.rotation import Rotation, is_norm_folded, read_rotation
 from methods.transformer import Block, Shape
+from methods.tree_recipe import TreeRecipe
 from methods.weights import Weights
 from methods.window import Window
 from quant.formats import Spec

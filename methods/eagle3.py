@@ -19,12 +19,13 @@ from torch import Tensor
 
 from methods.architecture import FUSED, QKV, block_shapes
 from methods.checkpoint import Packer
-from methods.grow import Head, TreeRecipe
+from methods.grow import Head
 from methods.head import EAGLE3, EMBEDDING, FLOATS, HeadFiles, open_head
 from methods.norm import RMSNorm
 from methods.recipe import Family, Parts
 from methods.rotation import Rotation, read_rotation
 from methods.transformer import MLP, Attention, Shape
+from methods.tree_recipe import TreeRecipe
 from methods.values import shown
 from methods.window import Window
 from quant.formats import Spec

@@ -18,19 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.checkpoint import check_transformer
 from methods.decode import PREFILL_CHUNK, Drafter, Mark, State, unmarked
 from methods.fused import best
 from methods.graph import Captured
 from methods.kv import KVCache
-from methods.recipe import Family, Parts, Recipe
+from methods.recipe import Parts
 from methods.rope import Turns
 from methods.transformer import Shape
 from methods.tree import Tree
 from methods.window import Window, window
-
-MAX_DEPTH = 64
-MAX_NODES = 1024
 
 
 class Head(nn.Module, ABC):
@@ -260,49 +256,3 @@ def prune(
         torch.cat([root, tokens[kept]]),
         torch.cat([torch.full_like(root, -1), place[parents[kept]]]),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TreeRecipe(Recipe, ABC):
-    """depth: levels of the tree; top_k: nodes expanded a level, and children of each.
-
-    nodes: size of the tree that the target reads, root included.
-    """
-
-    depth: int
-    top_k: int
-    nodes: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.depth <= MAX_DEPTH:
-            raise ValueError(f"depth must be 1 to {MAX_DEPTH}, got {self.depth}")
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        most = min(MAX_NODES, 1 + self.top_k + (self.depth - 1) * self.top_k**2)
-        if not 2 <= self.nodes <= most:
-            raise ValueError(
-                f"nodes must be 2 to {most} at depth={self.depth} and top_k={self.top_k}, "
-                f"got {self.nodes}"
-            )
-
-    @abstractmethod
-    def head_vocab(self, family: Family, target: Shape) -> int:
-        """Check the head's folder against its target; give the size of its vocabulary."""
-
-    @abstractmethod
-    def head(self, parts: Parts) -> Head:
-        """Read the head."""
-
-    def check(self, family: Family) -> None:
-        """The head must fit the target, and top_k its vocabulary."""
-        vocab = self.head_vocab(family, check_transformer(family.target))
-        if self.top_k > vocab:
-            raise ValueError(
-                f"top_k must be within the head's vocabulary of {vocab}, got {self.top_k}"
-            )
-
-    def drafter(self, parts: Parts) -> Drafter:
-        """Read the head and make its drafter."""
-        return TreeDrafter(
-            self.head(parts), depth=self.depth, top_k=self.top_k, nodes=self.nodes, parts=parts
-        )

@@ -10,11 +10,12 @@ from torch import Tensor
 from methods.decode import Drafter, Mark, Method, Output, State, generate, unmarked
 from methods.eagle2 import Eagle2
 from methods.eagle3 import Eagle3
-from methods.grow import TreeRecipe, prune
+from methods.grow import prune
 from methods.hierarchical import Hierarchical, HierarchicalDrafter
 from methods.recipe import Family, Parts, Recipe
 from methods.transformer import Transformer
 from methods.tree import Tree
+from methods.tree_recipe import TreeRecipe
 from methods.vanilla import Vanilla
 from tests.family import VOCAB, llama_config, write_eagle2, write_eagle3, write_llama
 from tests.methods.eagle_oracle import Oracle

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from methods.eagle2 import Eagle2
 from methods.eagle3 import Eagle3
-from methods.grow import TreeRecipe
 from methods.recipe import Family
+from methods.tree_recipe import TreeRecipe
 from tests.methods.eagle_oracle import Oracle
 from tests.methods.parts import make_parts
 from tests.methods.published import (

@@ -10,10 +10,10 @@ from torch import Tensor
 from methods.decode import Drafter, Mark, Method, State, unmarked
 from methods.eagle2 import Eagle2
 from methods.eagle3 import Eagle3
-from methods.grow import TreeRecipe
 from methods.recipe import Family, Recipe
 from methods.rotation import read_rotation
 from methods.tree import Tree
+from methods.tree_recipe import TreeRecipe
 from methods.vanilla import Vanilla
 from quant.scheme import Scheme
 from quant.w8a8 import W8A8
