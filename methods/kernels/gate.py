@@ -26,5 +26,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """See `methods.fused.silu_mul`."""
     n, both = gate_up.shape
     out = torch.empty(n, both // 2, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul[(n, triton.cdiv(both // 2, BLOCK.value))](gate_up, out, WIDTH=both // 2)
+    _silu_mul[(n, triton.cdiv(both // 2, BLOCK.value))](
+        gate_up, out, WIDTH=both // 2, enable_fp_fusion=False
+    )
     return out

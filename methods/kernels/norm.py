@@ -44,7 +44,7 @@ def _add_norm(
     rate = tl.div_rn(1.0, tl.sqrt_rn(square + eps))
     factor = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
     value = (value * rate * factor).to(dtype)
-    if HIGHEST:
+    if HIGHEST > 0:
         value = value.to(tl.float32)
         scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), axis=0), HIGHEST), tiniest)
         tl.store(scales + tl.program_id(0), scale)
@@ -97,6 +97,7 @@ def _launch(
         BLOCK=block,
         ADDED=residual is not None,
         HIGHEST=highest,
+        enable_fp_fusion=False,
         num_warps=min(16, max(1, block // 512)),
     )
     return summed
