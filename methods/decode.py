@@ -115,7 +115,8 @@ class Method:
                     known = torch.zeros(2 + behind, dtype=torch.int64)
                     tree = Tree.chain([0] * n)
                     path, features = self._verify(known, tree.tokens, tree.parents)
-                    self._commit(known, path, features)
+                    if n > 1 or self.features.shape[1]:
+                        self._commit(known, path, features)
         self.kv.rewind(0)
         self.cached = []
 
@@ -160,7 +161,8 @@ class Method:
         mark("draft")
         path, features = self._verify(known, tree.tokens, tree.parents)
         mark("verify")
-        self._commit(known, path, features)
+        if len(tree) > 1 or self.features.shape[1]:  # else all stands in place already
+            self._commit(known, path, features)
         count, *rest = path.tolist()  # sync: the only one of a step
         mark("commit")
         tokens = rest[len(tree) :][:count]

@@ -60,6 +60,7 @@ def rope_write(
     written. norm: [H + G, 1, d], the weights of `HeadNorm`, with its eps. bias: [(H + 2G) * d].
     """
     assert qkv.is_contiguous()
+    assert positions.is_contiguous()
     assert cos.is_contiguous()
     assert sin.is_contiguous()
     assert cache.stride(3) == 1

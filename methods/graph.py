@@ -34,11 +34,11 @@ class Graphs:
     @contextmanager
     def warm_up(self) -> Iterator[None]:
         """Capture whatever is called within; what it writes is not to be relied on."""
-        self.capturing = True
+        outer, self.capturing = self.capturing, True
         try:
             yield
         finally:
-            self.capturing = False
+            self.capturing = outer
 
 
 GRAPHS = Graphs()

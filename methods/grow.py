@@ -205,7 +205,7 @@ class TreeDrafter(Drafter):
             ancestors=torch.cat([slots[:m].expand(k, m), own], dim=1),
         )
         for step in range(self.depth - 1):
-            positions = (base + m + step).expand(k)
+            positions = (base + m + step).repeat(k)
             hidden = self.head(
                 level.tokens, level.hidden, positions, self.kv, level.ancestors, base=base
             )
