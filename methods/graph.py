@@ -9,7 +9,6 @@ next. Elsewhere than on a GPU, or when told to, a function simply runs.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ class Graphs:
 
 GRAPHS = Graphs()
 # All graphs of a device share their scratch memory: they never run at once.
-_POOLS: dict[torch.device, Any] = {}
+_POOLS: dict[torch.device, torch.cuda.MemPool] = {}
 
 
 @dataclass
@@ -110,9 +109,9 @@ class Captured:
                 self._function(*fixed)
         torch.cuda.current_stream(self._device).wait_stream(side)
         if self._device not in _POOLS:
-            _POOLS[self._device] = torch.cuda.graph_pool_handle()
+            _POOLS[self._device] = torch.cuda.MemPool()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_POOLS[self._device]):
+        with torch.cuda.graph(graph, pool=_POOLS[self._device].id):
             outputs = self._function(*fixed)
         GRAPHS.captured += 1
         GRAPHS.reserved_bytes += torch.cuda.memory_reserved(self._device) - before
