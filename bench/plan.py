@@ -21,6 +21,7 @@ from bench.build import PACKAGES, named_node, target_modules
 from bench.choice import Choice, choose
 from bench.config import DRAFT_LM_HEAD, DRAFT_SCHEME, Config, door_of, parse, resolve, without
 from bench.identity import IRRELEVANT, WeightHashes, code_hash, config_hash, digest
+from bench.kernel_check import check_kernels
 from bench.record import COST, QUALITY, RUN, VANILLA, Cell
 from bench.task import Prompt, Task, load
 from methods.checkpoint import Stored, stored_in
@@ -111,6 +112,7 @@ class Planner:
         stored = self._stored(family.target, config.schemes.target, config.schemes.lm_head)
         if config.schemes.target.as_stored:  # several folders may be compared in one campaign
             choice = choice.less(quant=stored.label)
+        check_kernels(config)
         self._once(f"sandbox {config.runs_programs}", lambda: check.check_sandbox(config))
         if config.cost is not None:
             check.check_contexts(config.cost, positions)

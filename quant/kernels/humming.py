@@ -84,11 +84,7 @@ class HummingKernel(Kernel):
             what = "QQQ in groups, which rounds to 8 bits again"
             return self.told("integer scales of groups", what) if grouped else ""
         if isinstance(layer, FP8Linear):
-            has = torch.cuda.get_device_capability(layer.weight.device)
-            old = has < FP8_CAPABILITY
-            return (
-                self.told("compute capability 8.9 for fp8", ".".join(map(str, has))) if old else ""
-            )
+            return self._unfit_fp8(layer)
         known = isinstance(layer, W8A8Linear)
         return "" if known else self.told("a quantised format", type(layer).__name__, "torch")
 
@@ -109,6 +105,13 @@ class HummingKernel(Kernel):
         if not whole:
             return self.told("s2_zeros that are -z * s2, z = 0 ... 15", "others")
         return self._unfit_group(layer.in_features // layer.s2_scales.shape[1])
+
+    def _unfit_fp8(self, layer: FP8Linear) -> str:
+        if not layer.weight.is_cuda:  # looked at beforehand
+            return ""
+        has = torch.cuda.get_device_capability(layer.weight.device)
+        old = has < FP8_CAPABILITY
+        return self.told("compute capability 8.9 for fp8", ".".join(map(str, has))) if old else ""
 
     def _unfit_group(self, group: int) -> str:
         if group < LEAST_GROUP or group % LEAST_GROUP:

@@ -1,10 +1,13 @@
 """What humming compiles: where it is kept, and what happens when a kept file is broken.
 
-A torn cubin is no reason to stop: everything is compiled once more, into a folder of this process.
+A kept binary that was cut short ends the process in humming's loader, so such ones are deleted
+before anything is loaded. Should the kept ones fail all the same, everything is compiled once more,
+into a folder of this process.
 """
 
 import json
 import os
+import struct
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +19,7 @@ from quant.kernels.cache import temporary_folder, writable_folder
 from quant.kernels.humming_layout import Config
 
 FOLDER = "humming"
+ELF, ELF_HEADER, ELF_SECTION, NO_BITS = b"\x7fELF\x02\x01", 64, 64, 8  # 64 bits, little-endian
 MOST_TRIED = 1024  # tokens: kernels for more are compiled, and first run when they are needed
 STRIDE = 4  # numbers that humming describes a kernel by: fewest tokens, most, its id, its blocks
 
@@ -34,6 +38,10 @@ class Trial(Protocol):
 def compiler_problem() -> str:
     """Say in one line why nothing can be compiled; empty: it can."""
     _keep_in(writable_folder(FOLDER))
+    try:
+        drop_torn(Path(os.environ["HUMMING_CACHE_DIR"]))
+    except OSError:
+        os.environ["HUMMING_CACHE_DIR"] = str(temporary_folder(FOLDER) / "cache")
     try:
         from humming.jit.runtime import KernelRuntime
 
@@ -76,6 +84,29 @@ def _tried(config: Config, exact: bool, device: torch.device, trial: Trial) -> T
         # An unusable binary shows when it is run, so here is waited once.
         torch.cuda.current_stream(device).synchronize()
     return found
+
+
+def drop_torn(folder: Path) -> None:
+    """Delete the binaries below a folder that end before their last section does."""
+    for path in folder.glob("*/kernel.cubin"):
+        if not _is_whole(path.read_bytes()):
+            path.unlink()
+
+
+def _is_whole(binary: bytes) -> bool:
+    """Tell whether an ELF file holds its section table and all that it lists."""
+    if len(binary) < ELF_HEADER or not binary.startswith(ELF):
+        return False
+    (table,) = struct.unpack_from("<Q", binary, 0x28)
+    size, count = struct.unpack_from("<HH", binary, 0x3A)
+    if count == 0 or size < ELF_SECTION or table + size * count > len(binary):
+        return False
+    for at in range(table, table + size * count, size):
+        (kind,) = struct.unpack_from("<I", binary, at + 4)
+        start, length = struct.unpack_from("<QQ", binary, at + 24)
+        if kind != NO_BITS and start + length > len(binary):
+            return False
+    return True
 
 
 def _keep_in(folder: Path) -> None:

@@ -151,7 +151,8 @@ def _layout(config: Config, bits: int) -> Layout:
 
 def _packed_down(zeros: Tensor, bits: int) -> Tensor:
     """Pack the zeros of 8 outputs (4 bits) or 4 (8 bits) into a word. [N, G] -> [words, G]."""
-    across = zeros.t().contiguous()
+    groups = zeros.shape[1]
+    across = zeros.t().reshape(-1)  # a row of N fills whole words, so rows may stand end to end
     if bits == 4:
         across = pack_nibbles(across.view(torch.int8))
-    return across.view(torch.int32).t().contiguous()
+    return across.view(torch.int32).view(groups, -1).t().contiguous()

@@ -1,6 +1,7 @@
 """Every kernel on a GPU: against float64, bit-equal layouts, graphs, rows it must not write."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -152,7 +153,7 @@ def test_weight_bytes_are_the_schemes_own_but_for_narrower_scales(
     if label == "dense":
         assert own == theirs // 2  # from float32
     else:
-        assert 0.95 * theirs < own < 1.1 * theirs
+        assert 0.95 * theirs < own < 1.15 * theirs  # tinygemm stores a zero beside each scale
 
 
 @cases
@@ -218,20 +219,27 @@ def _torn_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     places.get_humming_cache_dir.cache_clear()
     yield tmp_path
     monkeypatch.undo()
+    os.environ.pop("HUMMING_CACHE_DIR", None)
     places.get_humming_cache_dir.cache_clear()
 
 
-def test_a_torn_binary_is_compiled_anew(_torn_cache: Path) -> None:
+def test_a_torn_binary_is_compiled_anew(_torn_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = reference("w4a16-g64", n=512)
     kernel = HummingKernel(exact=False)
     kernel.fit(layer, torch.float16)
     binaries = list(_torn_cache.rglob("*.cubin"))
     assert binaries
-    for binary in binaries:
+    torn = _torn_cache / "torn"  # under another path, since a loaded binary stays loaded
+    shutil.copytree(_torn_cache, torn, ignore=shutil.ignore_patterns("torn"))
+    for binary in torn.rglob("*.cubin"):
         binary.write_bytes(binary.read_bytes()[:100])
+    monkeypatch.setenv("HUMMING_CACHE_DIR", str(torn))
     humming_build._forget()
+    humming_build.compiler_problem.cache_clear()  # as a new process
+    assert kernel.refuses(layer, torch.float16, torch.device("cuda")) == ""
+    assert not list(torn.rglob("*.cubin"))
     x = inputs(4, torch.float16)
     expected = layer(x.double())
     error = (kernel.fit(layer, torch.float16)(x).double() - expected).norm() / expected.norm()
     assert float(error) < ERRORS[torch.float16]
-    assert os.environ["HUMMING_CACHE_DIR"] != str(_torn_cache)
+    assert len(list(torn.rglob("*.cubin"))) == len(binaries)
