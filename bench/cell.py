@@ -85,7 +85,7 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
     for job, config in zip(jobs, configs, strict=True):
         child.announce(job, "building")
         with child.charged([job], building=True):
-            write_context(Path(job.folder), loader.device, child.job.argv)
+            write_context(Path(job.folder), loader.device, child.job.argv, loader.kernels)
             method = loader.method(config)
             whole = _whole(Path(job.folder, RECORDS), prompts)
             arms.append(Arm(job=job, config=config, method=method, whole=whole))

@@ -5,7 +5,7 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,8 +30,13 @@ PACKAGES = (
 NVIDIA = ("driver_version", "clocks.sm", "clocks.mem", "power.limit", "temperature.gpu")
 
 
-def context(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
-    """Describe this process and its machine. argv: of the command that asked for the work."""
+def context(
+    device: torch.device, argv: Sequence[str], kernels: Mapping[str, str]
+) -> dict[str, Any]:
+    """Describe this process and its machine.
+
+    argv: of the command that asked for the work. kernels: of the target's layers, by shape.
+    """
     return {
         "schema": SCHEMA,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -43,6 +48,7 @@ def context(device: torch.device, argv: Sequence[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "kernels": dict(kernels),
         **checkout(ROOT),
         "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],
     }
@@ -53,13 +59,15 @@ def run_name() -> str:
     return f"{datetime.now(UTC).isoformat(timespec='seconds')}/{os.getpid()}"
 
 
-def write_context(folder: Path, device: torch.device, argv: Sequence[str]) -> None:
+def write_context(
+    folder: Path, device: torch.device, argv: Sequence[str], kernels: Mapping[str, str]
+) -> None:
     """Write a cell's context.json, and note there that its records are gone on with.
 
-    Records of another machine are no part of the cell: they are dropped.
+    Records of another machine, or of other kernels, are no part of the cell: they are dropped.
     """
     path, records = folder / CONTEXT, folder / RECORDS
-    now = context(device, argv)
+    now = context(device, argv, kernels)
     if path.exists() and records.exists():
         before = read_json(path)
         if same_machine(before, now):
@@ -71,7 +79,7 @@ def write_context(folder: Path, device: torch.device, argv: Sequence[str]) -> No
 
 def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Tell whether timings of two contexts may stand in one cell."""
-    keys = ("device", "cpu", "threads", "python", "packages")
+    keys = ("device", "cpu", "threads", "python", "packages", "kernels")
     stable = [{key: c.get(key) for key in keys} for c in (one, other)]
     for values in stable:
         values["device"] = (values["device"] or {}).get("name")

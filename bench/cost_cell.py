@@ -39,7 +39,8 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
     for job, config in zip(jobs, configs, strict=True):
         child.announce(job, "building")
         with child.charged([job], building=True):
-            write_json(Path(job.folder) / CONTEXT, context(loader.device, child.job.argv))
+            told = context(loader.device, child.job.argv, loader.kernels)
+            write_json(Path(job.folder) / CONTEXT, told)
             own = None if isinstance(config.recipe, Vanilla) else loader.method(config)
             arms.append((job, own))
     records: dict[str, list[Cost]] = defaultdict(list)

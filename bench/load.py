@@ -1,5 +1,6 @@
 """What the arms of a block share, each loaded once: tokenizer, target, smaller models."""
 
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,14 @@ class Loader:
         self._texts: list[list[int]] | None = None
         self._loaded: dict[tuple[Path, Scheme, Scheme], Transformer] = {}
         self.target = self._load(model.family.target, schemes, schemes.target, schemes.lm_head)
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What computes the target's layers, by shape KxN; several are joined by a plus."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for layer in self.target.linears.values():
+            found[f"{layer.in_features}x{layer.out_features}"].add(layer.kernel)
+        return {shape: "+".join(sorted(names)) for shape, names in sorted(found.items())}
 
     def method(self, config: Config) -> Method:
         """Join a method's settings to loaded models."""

@@ -30,6 +30,7 @@ from bench.config import (
     without,
 )
 from bench.identity import IRRELEVANT, WeightHashes, code_hash, config_hash, digest
+from bench.kernel_check import check_kernels
 from bench.record import COST, QUALITY, RUN, VANILLA, Cell
 from bench.task import Prompt, Task, load
 from methods.checkpoint import Stored, stored_in
@@ -123,6 +124,7 @@ class Planner:
             choice = choice.less(quant=stored.label)
             if stored.scheme.as_stored:  # nothing is quantised: quant=dense, and its very cell
                 return self._plan(choice, as_dense(tree), asked=asked)
+        check_kernels(config)
         self._once(f"sandbox {config.runs_programs}", lambda: check.check_sandbox(config))
         if config.cost is not None:
             check.check_contexts(config.cost, positions)

@@ -30,6 +30,7 @@ from bench.acceptance import (
 from bench.choice import choose
 from bench.config import Config, parse, resolve
 from bench.door import OK, UNFINISHED, collect
+from bench.kernel_check import check_kernels
 from bench.task import encode, load
 from methods.checkpoint import check_transformer, stored_in
 from methods.decode import Method
@@ -107,6 +108,7 @@ def _files(config: Config) -> Iterator[Finding]:
     if found.state == FAILED:
         return
     folders: list[Path] = []
+    yield _tried("kernels", lambda: _kernels(config))
 
     def method() -> str:
         folders.extend(config.recipe.folders(family))
@@ -135,6 +137,12 @@ def _files(config: Config) -> Iterator[Finding]:
     )
     yield from _prompts(config, folders, settings.context or positions)
     yield _tried("memory", lambda: _memory(config, folders, positions))
+
+
+def _kernels(config: Config) -> str:
+    check_kernels(config)
+    own = config.schemes
+    return f"{own.target.kernel} for the target, {own.draft.kernel} for what drafts"
 
 
 def _rotation(config: Config) -> Finding:

@@ -1,7 +1,7 @@
 """A checkpoint folder -> our modules, in any scheme."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +139,10 @@ class Packer:
         stored = [self._stored(module, biased=biased) for module in modules]
         try:
             if any(layout is not None for layout, _ in stored):
-                return self._taken(stored).to(self.device)
+                return self._taken(stored)
             whole = torch.cat([tensors["weight"] for _, tensors in stored])
             packed = self.scheme.pack(whole, self.absmax.get(label))
-            return self.scheme.layer(packed).to(self.device)
+            return self.scheme.linear(packed, dtype=self.dtype, device=self.device)
         except ValueError as error:
             raise ValueError(f"{label} in {self.scheme.label}: {error}") from error
 
@@ -159,14 +159,20 @@ class Packer:
         return layout, layout.read(tensors)
 
     def _taken(self, stored: Sequence[tuple[Layout | None, dict[str, Tensor]]]) -> QuantLinear:
-        """Take layers as they are stored."""
+        """Take layers as they are stored, each scheme with the kernel that was asked for."""
         assert self.scheme.as_stored, "checked by stored_in"
-        schemes = [self.scheme if layout is None else layout.scheme for layout, _ in stored]
+        schemes = [
+            self.scheme if layout is None else replace(layout.scheme, kernel=self.scheme.kernel)
+            for layout, _ in stored
+        ]
         parts = [tensors for _, tensors in stored]
         if len(set(schemes)) == 1 and (whole := stack(parts)) is not None:
-            return schemes[0].layer(whole)
+            return schemes[0].linear(whole, dtype=self.dtype, device=self.device)
         return StackedLinear(
-            [scheme.layer(part) for scheme, part in zip(schemes, parts, strict=True)]
+            [
+                scheme.linear(part, dtype=self.dtype, device=self.device)
+                for scheme, part in zip(schemes, parts, strict=True)
+            ]
         )
 
     def attention(self, label: str, prefix: str, shape: Shape) -> Attention:

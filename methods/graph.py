@@ -111,7 +111,8 @@ class Captured:
         if self._device not in _POOLS:
             _POOLS[self._device] = torch.cuda.MemPool()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_POOLS[self._device].id):
+        pool = _POOLS[self._device].id
+        with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
             outputs = self._function(*fixed)
         GRAPHS.captured += 1
         GRAPHS.reserved_bytes += torch.cuda.memory_reserved(self._device) - before

@@ -132,7 +132,9 @@ def absmax_scale(values: Tensor, highest: float, scale_dtype: torch.dtype) -> Te
 
 def _token_scale(x: Tensor, highest: float) -> Tensor:
     # The floor keeps a row of zeros from becoming 0 / 0; such a row's codes are zero anyway.
-    return x.abs().amax(-1, keepdim=True).div_(highest).clamp_(min=torch.finfo(x.dtype).tiny)
+    # By a tensor: a GPU multiplies by a number's reciprocal, which is another scale at times.
+    absmax = x.abs().amax(-1, keepdim=True)
+    return absmax.div_(torch.full_like(absmax, highest)).clamp_(min=torch.finfo(x.dtype).tiny)
 
 
 def _fit_within(values: Tensor, grid: Grid, shrink: float, scale_dtype: torch.dtype) -> Fit:

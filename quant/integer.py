@@ -9,7 +9,7 @@ from torch import Tensor
 # float32 holds every integer up to 2^24, and |int8 * int8| is at most 2^14.
 _EXACT_IN_FLOAT32_K = 2**24 // 2**14
 # cuBLAS's integer product wants more than 16 rows, and K and N in multiples of 8.
-_CUDA_MIN_ROWS = 32
+CUDA_MIN_ROWS = 32
 
 
 def int_matmul(a: Tensor, w: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def int_matmul(a: Tensor, w: Tensor) -> Tensor:
     if a.device.type == "cpu" and k > 1 and _cpu_is_exact():
         return torch._int_mm(a, w.t())
     if a.device.type == "cuda" and n > 0 and k % 8 == 0 and width % 8 == 0:
-        missing = max(0, _CUDA_MIN_ROWS - n)
+        missing = max(0, CUDA_MIN_ROWS - n)
         return torch._int_mm(F.pad(a, (0, 0, 0, missing)), w.t())[:n]
     return _float_matmul(a, w)
 

@@ -5,6 +5,7 @@ Letters: n tokens, K in-features, N out-features.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
@@ -14,6 +15,10 @@ from quant.lattice import Lattice
 
 # What `pack` stores is one of these, a foreign checkpoint may bring any: bfloat16 is common.
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+# What may compute a layer (quant.kernels). The reference is the scheme's own layer, in torch.
+AUTO, REFERENCE = "auto", "reference"
+KERNELS = (AUTO, "humming", "triton", "torch", "marlin", REFERENCE)
 
 
 class QuantLinear(nn.Module, ABC):
@@ -49,19 +54,32 @@ class QuantLinear(nn.Module, ABC):
         return self
 
     @property
+    def kernel(self) -> str:
+        """What computes the product; a scheme's own layer is the reference."""
+        return REFERENCE
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of every stored tensor of this layer, scales and zeros included."""
         return sum(t.untyped_storage().nbytes() for t in self.buffers())
 
 
+@dataclass(frozen=True, kw_only=True)
 class Scheme(ABC):
     """A number format. Concrete schemes are frozen, keyword-only dataclasses of plain values.
 
     Stored tensors have one row for each output, [N, ...], but for those named in `per_input`,
-    [K], which are the same for all.
+    [K], which are the same for all. The kernel is no part of the format: it changes neither what
+    is stored nor the label.
     """
 
     per_input: ClassVar[frozenset[str]] = frozenset({"smooth", "order"})
+
+    kernel: str = AUTO  # what multiplies: one of KERNELS; auto: the fastest that can
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
 
     @property
     @abstractmethod
@@ -102,6 +120,17 @@ class Scheme(ABC):
 
         Raises ValueError on missing, superfluous or misshapen tensors.
         """
+
+    def linear(
+        self, stored: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device
+    ) -> QuantLinear:
+        """Make the layer on a device, computed by the scheme's kernel. dtype: of activations.
+
+        Raises ValueError as `layer`, and where the named kernel cannot compute this layer.
+        """
+        from quant.kernels.choice import fit  # kernels know the schemes' layers, not these them
+
+        return fit(self.layer(stored).to(device), self, dtype)
 
 
 def rows(stored: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:

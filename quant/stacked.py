@@ -30,6 +30,11 @@ class StackedLinear(QuantLinear):
         """Give the weight as stored, [N, K] float32."""
         return torch.cat([part.dequantize() for part in self._layers()])
 
+    @property
+    def kernel(self) -> str:
+        """Those of the parts, each named once."""
+        return "+".join(dict.fromkeys(part.kernel for part in self._layers()))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for part in self._layers():
             part._apply(fn, recurse)

@@ -58,6 +58,7 @@ class W4A8QoQ(Scheme):
     range_search: bool  # try other 4-bit ranges and keep the one with the least squared error
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_group_size(self.group_size)
 
     @property

@@ -39,6 +39,7 @@ class W8A8(Scheme):
     )  # share of the outliers' range moved into the weight; None: no smoothing
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.smooth_alpha is not None and not 0 <= self.smooth_alpha <= 1:
             raise ValueError(
                 f"smooth_alpha must be null or within 0 ... 1, got {self.smooth_alpha}"

@@ -46,6 +46,7 @@ class WeightOnly(Scheme):
     range_search: bool  # try tighter clipping ranges and keep the one with the least squared error
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_group_size(self.group_size)
 
     @property

@@ -12,7 +12,10 @@ from bench.build import ROOT
 
 PACKAGES = ("bench", "methods", "quant")
 # Modules of quant/ that know no scheme: what one is, and what is done to any.
-SCHEME_FREE = ("scheme", "stacked", "rounding", "gptq", "rotate", "grid")
+SCHEME_FREE = (
+    *("scheme", "stacked", "rounding", "gptq", "rotate", "grid"),
+    *("kernels.kernel", "kernels.choice", "kernels.machine", "kernels.table"),
+)
 MAX_FILE, MAX_KERNEL, MAX_FUNCTION = 300, 400, 60
 
 

@@ -104,7 +104,9 @@ def describe(scheme: Scheme) -> dict[str, Any]:
     name = type(scheme).__name__
     if SCHEMES.get(name) is not type(scheme):
         raise ValueError(f"a checkpoint's scheme must be one of {', '.join(SCHEMES)}, got {name}")
-    return {"name": name, **asdict(scheme)}  # type: ignore[call-overload]
+    settings = asdict(scheme)
+    del settings["kernel"]  # of whoever computes with the file, not of the file
+    return {"name": name, **settings}
 
 
 def read_native(values: Mapping[str, Any], names: Set[str]) -> Quantization:
@@ -131,6 +133,8 @@ def _scheme(values: object, key: str) -> Scheme:
         raise ValueError(f"{place}.name must be one of {', '.join(SCHEMES)}, got {got!r}")
     settings = {str(key): value for key, value in values.items() if key != "name"}
     hints = get_type_hints(SCHEMES[got])
+    if "kernel" in settings:
+        raise ValueError(f"{place}: there is no key kernel in a file, got {settings['kernel']!r}")
     for name, value in settings.items():
         kinds = get_args(hints.get(name)) or (hints.get(name),)
         if name in hints and type(value) not in kinds:  # bool is no int, and 1 no float
