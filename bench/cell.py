@@ -192,6 +192,8 @@ class Block:
 
     def _compare(self, arm: Arm, prompt: Prompt) -> None:
         """Note where the newest answer leaves vanilla's to the same tokens."""
+        if arm.config.replays:
+            return  # the tokens are nobody's choice
         mine, turn = arm.round[-1], arm.round[-1].turn
         vanilla = self.vanilla(prompt.prompt_id)
         if len(vanilla) <= turn or "too_long" in (mine.status, vanilla[turn].status):
@@ -246,7 +248,7 @@ class Block:
                 fitting,
                 tried=tried if method is arm.method else [],
                 limit=self.task.max_new_tokens,
-                floor=arm.config.settings.acceptance_floor,
+                floor=arm.config.acceptance_floor,
                 target=family.target,
             )
             for method, family in drafting(arm.method, self.loader.model.family)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from bench.identity import IRRELEVANT, digest
 
 GROUPS = ("model", "quant", "method", "task")
+ACCEPT, MEASURED = "accept", "measured"  # a group that is named where it is not this choice
 # Where things lie is no choice between things: what lies there is known by its hash.
 PLACES = (
     "model.target",
@@ -56,6 +57,8 @@ class Choice:
 
     def _named(self, groups: Iterable[str], overrides: Mapping[str, str]) -> str:
         chosen = [self.names[group] for group in groups]
+        if (accept := self.names.get(ACCEPT, MEASURED)) != MEASURED:
+            chosen.append(accept)
         changed = sorted(overrides.items())
         whole = ".".join(chosen + [f"{key}={value}" for key, value in changed])
         name = re.sub(r"[^\w.=+-]+", "_", whole, flags=re.ASCII)
@@ -68,10 +71,10 @@ def choose(names: Mapping[str, str], overrides: Sequence[str]) -> Choice:
     """Read Hydra's own account of a job: its choices, and its overrides such as `+a.b=3`."""
     split = (override.lstrip("+~").partition("=") for override in overrides)
     return Choice(
-        names={group: names[group] for group in GROUPS},
+        names={group: name for group, name in names.items() if group in (*GROUPS, ACCEPT)},
         overrides={
             key: value
             for key, _, value in split
-            if key not in (*GROUPS, *IRRELEVANT, "experiment") and not key.startswith(PLACES)
+            if key not in (*GROUPS, ACCEPT, *IRRELEVANT, "experiment") and not key.startswith(PLACES)
         },
     )

@@ -21,10 +21,12 @@ from bench.source import Source
 from bench.task import Task
 from bench.text import Evaluation, Text
 from methods.recipe import Family, Recipe
+from methods.replay import Acceptance, AcceptanceProfile
 from methods.verify import Greedy, Rule, Sampled
 from quant.scheme import Scheme
 
-WEIGHTS = ("lab", "checkpoint")
+RANDOM = "random"
+WEIGHTS = ("lab", "checkpoint", RANDOM)
 # Keys that name a scheme: in the configuration a file of conf/quant, here its content.
 DENSE, LM_HEAD, DRAFT_SCHEME, DRAFT_LM_HEAD = "dense", "lm_head", "draft_scheme", "draft_lm_head"
 
@@ -116,7 +118,7 @@ class Folders:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What else conf/model has. weights: lab | checkpoint. calibration: JSONL with `text`."""
+    """What else conf/model has. weights: lab | checkpoint | random. calibration: JSONL with `text`."""
 
     weights: str
     calibration: str | None
@@ -145,6 +147,17 @@ class Schemes:
     draft_lm_head: Scheme | None
     dense: Scheme
 
+    @property
+    def unsearched(self) -> "Schemes":
+        """The same formats, rounded plainly: for weights that mean nothing."""
+        return Schemes(
+            target=self.target.unsearched,
+            lm_head=self.lm_head.unsearched,
+            draft=self.draft.unsearched,
+            draft_lm_head=self.draft_lm_head and self.draft_lm_head.unsearched,
+            dense=self.dense,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -154,6 +167,7 @@ class Config:
     model: Model
     schemes: Schemes
     recipe: Recipe
+    accept: Acceptance
     source: Task | Text
     score: Scoring
     cost: Costing | None
@@ -170,6 +184,22 @@ class Config:
         """The running text, of a cell of the quality door."""
         assert isinstance(self.source, Text)
         return self.source
+
+    @property
+    def rule(self) -> Rule:
+        """What decides which drafts stand."""
+        return self.accept.rule(self.settings.rule)
+
+    @property
+    def replays(self) -> bool:
+        """Whether acceptance is drawn from a profile, so that tokens mean nothing."""
+        return isinstance(self.accept, AcceptanceProfile)
+
+    @property
+    def acceptance_floor(self) -> float:
+        """What a head must exceed; nothing where tokens mean nothing."""
+        unjudged = self.replays or self.model.weights == RANDOM
+        return 0.0 if unjudged else self.settings.acceptance_floor
 
     @property
     def reference(self) -> Path:
@@ -207,14 +237,17 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 
 def parse(tree: Mapping[str, Any], *, packages: tuple[str, ...] = PACKAGES) -> Config:
     """Build everything from a resolved tree, or raise ValueError with the key's full name."""
-    groups = ("model", "quant", "method", "task", "score", COST, QUALITY)
+    groups = ("model", "quant", "method", "task", "accept", "score", COST, QUALITY)
     settings = {key: value for key, value in tree.items() if key not in groups}
     method = without(tree["method"], DRAFT_SCHEME, DRAFT_LM_HEAD)
+    model = parse_model(tree["model"])
+    schemes = parse_schemes(tree["quant"], tree["method"])
     return Config(
         settings=typed(settings, Settings, key=""),
-        model=parse_model(tree["model"]),
-        schemes=parse_schemes(tree["quant"], tree["method"]),
+        model=model,
+        schemes=schemes.unsearched if model.weights == RANDOM else schemes,
         recipe=_recipe(method, packages),
+        accept=build(tree["accept"], Acceptance, key="accept"),  # type: ignore[type-abstract]
         source=_source(tree["task"], door_of(tree)),
         score=typed(tree["score"], Scoring, key="score"),
         cost=typed(tree[COST], Costing, key=COST) if COST in tree else None,

@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from bench.config import Config, Schemes, Settings
 from methods.calibrate import load_calibrated
 from methods.checkpoint import check_transformer, stored_in
 from methods.decode import Method
+from methods.random_weights import is_random
 from methods.recipe import Parts
 from methods.transformer import Transformer
 from quant.scheme import Scheme
@@ -50,7 +54,7 @@ class Loader:
         return Parts(
             target=self.target,
             family=self.model.family,
-            rule=settings.rule,
+            rule=config.rule,
             context=context_of(settings, self.target),
             scheme=schemes.draft,
             lm_head=schemes.draft_lm_head,
@@ -92,7 +96,12 @@ class Loader:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Read a checkpoint's tokenizer, or raise ValueError naming the folder."""
+    """Read a checkpoint's tokenizer, or raise ValueError naming the folder.
+
+    Where weights are made up, a token's text is its number, and nothing ends an answer.
+    """
+    if is_random(folder):
+        return _numbers(check_transformer(folder).vocab_size)
     config = folder / "tokenizer_config.json"
     try:
         named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
@@ -103,6 +112,12 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} must have a tokenizer: {reason}") from error
+
+
+def _numbers(vocab_size: int) -> "PreTrainedTokenizerBase":
+    words = Tokenizer(WordLevel({str(token): token for token in range(vocab_size)}))
+    words.pre_tokenizer = WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words)
 
 
 def context_of(settings: Settings, target: Transformer) -> int:

@@ -234,7 +234,7 @@ def _acceptance(config: Config, method: Method, family: Family, prompts: list[li
         [],
         tried=outputs,
         limit=limit,
-        floor=config.settings.acceptance_floor,
+        floor=config.acceptance_floor,
         target=family.target,
     ):
         raise ValueError(problem)

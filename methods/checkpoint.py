@@ -12,8 +12,10 @@ from methods.architecture import EMBEDDING, FUSED, GATE_UP, QKV, read_shape, sto
 from methods.transformer import MLP, Attention, Block, HeadNorm, RMSNorm, Shape, Transformer
 from methods.weights import Weights, read_config
 from quant.formats import Layout, Quantization, read_quantization
-from quant.scheme import QuantLinear, Scheme, stack
+from quant.scheme import QuantLinear, Scheme, is_finite, stack
 from quant.stacked import StackedLinear
+
+ROWS = 4096  # of a weight packed at once
 
 
 def check_transformer(folder: Path) -> Shape:
@@ -107,7 +109,7 @@ class Packer:
     def tensor(self, name: str) -> Tensor:
         """A weight that no scheme touches: an embedding or a norm."""
         tensor = self.weights[name].to(device=self.device, dtype=self.dtype)
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise ValueError(f"{name} must be finite in {self.dtype}, got infinities or NaNs")
         return tensor
 
@@ -124,11 +126,19 @@ class Packer:
         try:
             if any(layout is not None for layout, _ in stored):
                 return self._taken(stored).to(self.device)
-            whole = torch.cat([tensors["weight"] for _, tensors in stored])
-            packed = self.scheme.pack(whole, self.absmax.get(label))
-            return self.scheme.layer(packed).to(self.device)
+            parts = [tensors["weight"] for _, tensors in stored]
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return self.scheme.layer(self._packed(whole, label)).to(self.device)
         except ValueError as error:
             raise ValueError(f"{label} in {self.scheme.label}: {error}") from error
+
+    def _packed(self, whole: Tensor, label: str) -> dict[str, Tensor]:
+        """Pack a weight, in pieces where that is the same: rounding widens what it works on."""
+        if not self.scheme.by_row or len(whole) <= ROWS:
+            return self.scheme.pack(whole, self.absmax.get(label))
+        packed = stack([self.scheme.pack(rows) for rows in whole.split(ROWS)])
+        assert packed is not None, "what is packed by row can be stacked"
+        return packed
 
     def _stored(self, module: str, *, biased: bool) -> tuple[Layout | None, dict[str, Tensor]]:
         layout = None if self.quantization is None else self.quantization.layout(module)
@@ -254,7 +264,7 @@ def open_packer(
     absmax: Mapping[str, Tensor] | None = None,
 ) -> Packer:
     """Make a packer of a folder's weights, however they are stored."""
-    weights = Weights(folder)
+    weights = Weights(folder, device=device)
     quantization = _quantization(read_config(folder), weights)
     return Packer(
         weights, scheme, dtype=dtype, device=device, quantization=quantization, absmax=absmax

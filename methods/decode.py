@@ -128,7 +128,8 @@ class Method:
             taps=self.drafter.taps,
         )
         logits = self.target.logits(read.hidden[0, len(unread) :])
-        picked = self.rule.pick(logits, len(state.tokens) + tree.depths, seed=state.seed)
+        positions = len(state.tokens) + tree.depths
+        picked = self.rule.choose(tree, logits, positions, seed=state.seed)
         accepted = accept(tree, picked)
         mark("verify")
         nodes = list(range(len(unread))) + [len(unread) + node for node in accepted.nodes]
