@@ -75,6 +75,7 @@ def choose(names: Mapping[str, str], overrides: Sequence[str]) -> Choice:
         overrides={
             key: value
             for key, _, value in split
-            if key not in (*GROUPS, ACCEPT, *IRRELEVANT, "experiment") and not key.startswith(PLACES)
+            if key not in (*GROUPS, ACCEPT, *IRRELEVANT, "experiment")
+            and not key.startswith(PLACES)
         },
     )

@@ -13,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bench import hub
-from bench.build import PACKAGES, ROOT, as_mapping, build, named_node, typed
+from bench.build import PACKAGES, ROOT, as_mapping, build, named_node, typed, without
 from bench.machine import check_machine
 from bench.record import COST, QUALITY, RUN
+from bench.schemes import DRAFT_LM_HEAD, DRAFT_SCHEME, LM_HEAD, Schemes, parse_schemes
 from bench.score import Scoring
 from bench.source import Source
 from bench.task import Task
@@ -27,8 +28,6 @@ from quant.scheme import Scheme
 
 RANDOM = "random"
 WEIGHTS = ("lab", "checkpoint", RANDOM)
-# Keys that name a scheme: in the configuration a file of conf/quant, here its content.
-DENSE, LM_HEAD, DRAFT_SCHEME, DRAFT_LM_HEAD = "dense", "lm_head", "draft_scheme", "draft_lm_head"
 
 
 # Keys of conf/base.yaml that have a least value.
@@ -118,7 +117,7 @@ class Folders:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What else conf/model has. weights: lab | checkpoint | random. calibration: JSONL with `text`."""
+    """What else conf/model has. weights: of WEIGHTS. calibration: JSONL with `text`."""
 
     weights: str
     calibration: str | None
@@ -135,28 +134,6 @@ class Model:
     weights: str
     family: Family
     calibration: Path | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schemes:
-    """The scheme of every part. draft_lm_head: None leaves it to the method."""
-
-    target: Scheme
-    lm_head: Scheme
-    draft: Scheme
-    draft_lm_head: Scheme | None
-    dense: Scheme
-
-    @property
-    def unsearched(self) -> "Schemes":
-        """The same formats, rounded plainly: for weights that mean nothing."""
-        return Schemes(
-            target=self.target.unsearched,
-            lm_head=self.lm_head.unsearched,
-            draft=self.draft.unsearched,
-            draft_lm_head=self.draft_lm_head and self.draft_lm_head.unsearched,
-            dense=self.dense,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,24 +250,6 @@ def parse_model(node: object) -> Model:
     )
 
 
-def parse_schemes(quant: Mapping[str, Any], method: Mapping[str, Any]) -> Schemes:
-    """Build the schemes of the target, and of the drafter; one that is absent is dense."""
-    dense = named_node("quant", DENSE, key="quant")
-    draft_lm_head = method.get(DRAFT_LM_HEAD)
-    return Schemes(
-        target=_scheme(without(quant, LM_HEAD), "quant"),
-        lm_head=_scheme(quant[LM_HEAD], f"quant.{LM_HEAD}"),
-        draft=_scheme(method.get(DRAFT_SCHEME) or dense, f"method.{DRAFT_SCHEME}"),
-        draft_lm_head=draft_lm_head and _scheme(draft_lm_head, f"method.{DRAFT_LM_HEAD}"),
-        dense=_scheme(dense, "quant"),
-    )
-
-
-def without(node: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """Copy a node less some keys."""
-    return {key: value for key, value in node.items() if key not in keys}
-
-
 def _source(node: object, door: str) -> Task | Text:
     source = build(node, Source, key="task")
     if door == QUALITY and not isinstance(source, Text):
@@ -299,10 +258,6 @@ def _source(node: object, door: str) -> Task | Text:
         raise ValueError(f"task must have prompts, got {source.name}, a text for specquant quality")
     assert isinstance(source, Task | Text)
     return source
-
-
-def _scheme(node: object, key: str) -> Scheme:
-    return build(node, Scheme, key=key)  # type: ignore[type-abstract]
 
 
 def _recipe(node: object, packages: tuple[str, ...]) -> Recipe:

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from bench.config import Config, Schemes, Settings
+from bench.config import Config, Settings
+from bench.schemes import Schemes
 from methods.calibrate import load_calibrated
 from methods.checkpoint import check_transformer, stored_in
 from methods.decode import Method

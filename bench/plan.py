@@ -17,13 +17,16 @@ from omegaconf import DictConfig
 
 from bench import check, hub, memory
 from bench.block import Arm, Block, check_schema, is_finished
-from bench.build import PACKAGES, named_node, target_modules
+from bench.build import PACKAGES, named_node, target_modules, without
 from bench.choice import Choice, choose
-from bench.config import DRAFT_LM_HEAD, DRAFT_SCHEME, Config, door_of, parse, resolve, without
+from bench.config import Config, door_of, parse, resolve
 from bench.identity import IRRELEVANT, WeightHashes, code_hash, config_hash, digest
-from bench.record import COST, QUALITY, RUN, VANILLA, Cell
+from bench.record import COST, QUALITY, VANILLA, Cell
+from bench.replayed import check_levels
+from bench.schemes import DRAFT_LM_HEAD, DRAFT_SCHEME
 from bench.task import Prompt, Task, load
 from methods.checkpoint import Stored, stored_in
+from methods.replay import MEASURED
 from quant.scheme import Scheme
 
 HASHES = ".hashes.json"  # of results_dir
@@ -50,6 +53,11 @@ class Planned:
     problem: str
     asked: bool
     stored: Stored
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it is more than the target's own cell."""
+        return DRAFT_SCHEME in self.tree["method"]
 
     @property
     def folder(self) -> Path:
@@ -112,6 +120,7 @@ class Planner:
         if config.schemes.target.as_stored:  # several folders may be compared in one campaign
             choice = choice.less(quant=stored.label)
         self._once(f"sandbox {config.runs_programs}", lambda: check.check_sandbox(config))
+        check.check_random(config)
         if config.cost is not None:
             check.check_contexts(config.cost, positions)
         if config.quality is not None:
@@ -128,6 +137,7 @@ class Planner:
         if not problem:
             try:
                 check.check_fit(config, folders)
+                check_levels(config)
             except ValueError as error:
                 problem = str(error)
         if not folders and not problem:  # nothing drafts, so nothing is drafted in a scheme
@@ -198,6 +208,7 @@ class Planner:
             draft_scheme=self._draft_label(planned),
             method=choice.less(f"method.{DRAFT_SCHEME}", f"method.{DRAFT_LM_HEAD}").label("method"),
             task=choice.label("task"),
+            acceptance=config.accept.label if planned.drafts else MEASURED,
             block=choice.block,
             device=settings.device,
             dtype=settings.dtype,
@@ -224,7 +235,7 @@ class Planner:
 
     def _draft_label(self, planned: Planned) -> str:
         """The drafter's scheme, and that of its own lm_head where there is one."""
-        if DRAFT_SCHEME not in planned.tree["method"]:
+        if not planned.drafts:
             return ""
         schemes, small = planned.config.schemes, planned.config.model.family.small
         draft, lm_head = schemes.draft.label, schemes.draft_lm_head
@@ -258,7 +269,7 @@ class Planner:
     def _fitted(self, arm: Arm, planned: Planned) -> Arm:
         """Make it the problem of an arm, where it is yet to run, that its device is too small."""
         config, device = planned.config, planned.config.settings.device
-        if arm.problem or arm.cell.door != RUN or is_finished(arm):
+        if arm.problem or arm.cell.door == QUALITY or is_finished(arm):
             return arm
         have = self._once(f"memory {device}", lambda: memory.available(device))
         problem = memory.misfit(config, planned.folders[1:], planned.positions, have=have)

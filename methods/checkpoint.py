@@ -136,7 +136,7 @@ class Packer:
         """Pack a weight, in pieces where that is the same: rounding widens what it works on."""
         if not self.scheme.by_row or len(whole) <= ROWS:
             return self.scheme.pack(whole, self.absmax.get(label))
-        packed = stack([self.scheme.pack(rows) for rows in whole.split(ROWS)])
+        packed = stack([self.scheme.pack(rows) for rows in torch.split(whole, ROWS)])
         assert packed is not None, "what is packed by row can be stacked"
         return packed
 

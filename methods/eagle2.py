@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from methods.checkpoint import Packer, load_lm_head
 from methods.grow import Head, TreeRecipe
-from methods.head import EAGLE, EMBEDDING, FLOATS, LM_HEAD, HeadFiles, open_head
+from methods.head import EAGLE, FLOATS, HeadFiles, open_head
 from methods.head_shapes import EAGLE2_PREFIX as PREFIX
-from methods.head_shapes import eagle2_shapes
+from methods.head_shapes import EMBEDDING, FC_BIAS, LM_HEAD, eagle2_shapes
 from methods.kv import KVCache
 from methods.recipe import Family, Parts
 from methods.rotation import Rotation, is_norm_folded, read_rotation
@@ -113,7 +113,7 @@ class Eagle2(TreeRecipe):
         own[LM_HEAD] = own[EMBEDDING]
         expected = eagle2_shapes(shape)
         if files.config.get("bias", True):  # as the published code has it
-            expected["fc.bias"] = (shape.hidden_size,)
+            expected[FC_BIAS] = (shape.hidden_size,)
         rotation = read_rotation(family.target)
         if ROTATED in files.weights:
             expected |= own | {ROTATED: (shape.hidden_size, shape.hidden_size)}
@@ -143,7 +143,7 @@ class Eagle2(TreeRecipe):
             taps=(target.shape.num_layers,),
             embedding=target.embedding if embedding is None else embedding.to(target.embedding),
             fc=packer.linear("fc", "fc"),
-            fc_bias=packer.tensor("fc.bias") if "fc.bias" in tensors else None,
+            fc_bias=packer.tensor(FC_BIAS) if FC_BIAS in tensors else None,
             block=Block(
                 input_norm=nn.Identity(),
                 attention=packer.attention("attention", PREFIX, shape),

@@ -20,10 +20,10 @@ from torch import Tensor
 from methods.architecture import FUSED, QKV
 from methods.checkpoint import Packer
 from methods.grow import Head, TreeRecipe
-from methods.head import EAGLE3, EMBEDDING, FLOATS, HeadFiles, open_head
+from methods.head import EAGLE3, FLOATS, HeadFiles, open_head
 from methods.head_shapes import EAGLE3_EMBEDDING_NORM as EMBEDDING_NORM
 from methods.head_shapes import EAGLE3_PREFIX as PREFIX
-from methods.head_shapes import KEPT, OFFSETS, eagle3_shapes
+from methods.head_shapes import EMBEDDING, KEPT, OFFSETS, eagle3_shapes
 from methods.kv import KVCache
 from methods.recipe import Family, Parts
 from methods.rotation import Rotation, read_rotation

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from methods.architecture import read_shape
-from methods.head_shapes import EMBEDDING, LM_HEAD
+from methods.head_shapes import EMBEDDING
 from methods.rotation import Rotation
 from methods.transformer import Shape, Transformer
 from methods.weights import Weights, read_config

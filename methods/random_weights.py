@@ -17,6 +17,7 @@ Letters: K in-features.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ class RandomShard(Shard):
         if name == EMBEDDING and not self._shape.tied:
             return EMBEDDING_SCALE
         gain = OUTPUT_GAIN if name in (EMBEDDING, LM_HEAD) else 1.0
-        return gain * float(shape[-1]) ** -0.5
+        return gain / math.sqrt(shape[-1])
 
 
 def is_random(folder: Path) -> bool:
@@ -125,7 +126,9 @@ def typical_absmax(shape: Shape, device: torch.device) -> dict[str, Tensor]:
         "mlp.down": shape.intermediate_size,
     }
     sizes = {"lm_head": shape.hidden_size} | {
-        f"blocks.{layer}.{name}": k for layer in range(shape.num_layers) for name, k in inputs.items()
+        f"blocks.{layer}.{name}": k
+        for layer in range(shape.num_layers)
+        for name, k in inputs.items()
     }
     return {name: torch.full((k,), TYPICAL_ABSMAX, device=device) for name, k in sizes.items()}
 

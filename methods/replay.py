@@ -152,9 +152,7 @@ def sibling_ranks(tree: Tree) -> Tensor:
 
 def expected_tokens(conditional: list[list[float]], tree: Tree) -> float:
     """Expected tokens of a step over a tree, bonus included, for one branch's table."""
-    ranks, depths, parents = (
-        t.tolist() for t in (sibling_ranks(tree), tree.depths, tree.parents)
-    )
+    ranks, depths, parents = (t.tolist() for t in (sibling_ranks(tree), tree.depths, tree.parents))
     stands = [1.0]
     for rank, depth, parent in list(zip(ranks, depths, parents, strict=True))[1:]:
         row = conditional[min(depth, len(conditional)) - 1]

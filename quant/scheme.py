@@ -184,7 +184,7 @@ def stored_tensor(
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Tell whether nothing is infinite or NaN, without a copy: a whole model may fill the device."""
+    """Tell whether nothing is infinite or NaN, without a copy where a model fills the device."""
     # The ends of what holds a NaN are NaN.
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
