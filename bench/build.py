@@ -52,6 +52,11 @@ def as_mapping(node: object, key: str) -> dict[str, Any]:
     return {str(name): value for name, value in node.items()}
 
 
+def without(node: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Copy a node less some keys."""
+    return {key: value for key, value in node.items() if key not in keys}
+
+
 def named_node(group: str, name: object, *, key: str) -> dict[str, Any]:
     """Read conf/<group>/<name>.yaml, for keys that name a file of another group."""
     folder = ROOT / "conf" / group

@@ -20,6 +20,14 @@ def warnings(campaign: Campaign, rows: Sequence[CellRow]) -> list[str]:
             "Quantised products are computed by the reference arithmetic in plain torch: times and "
             "speed-ups describe that reference, not what a format allows."
         )
+    if any(c.cell.weights == "random" for c in campaign.cells):
+        said.append("Weights are random in some cells: costs are real there, tokens mean nothing.")
+    replayed = {c.cell.acceptance for c in campaign.cells} - {"measured"}
+    if replayed:
+        said.append(
+            f"Acceptance is not measured but {', '.join(sorted(replayed))} where it is named so: "
+            "such speed-ups are what these costs would give at that acceptance."
+        )
     said += [
         f"Cells differ in {name}: "
         + ", ".join(f"{shortened(v)} ({_count(n, 'cell')})" for v, n in seen.most_common())

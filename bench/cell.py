@@ -24,7 +24,8 @@ from bench.config import Config, parse
 from bench.context import run_name, write_context
 from bench.load import Loader, context_of
 from bench.lossless import divergence
-from bench.record import RECORDS, Generation, Status, append_line, read_lines, write_lines
+from bench.record import RECORDS, Generation, append_line, read_lines, write_lines
+from bench.replayed import ending
 from bench.score import judge, not_scored
 from bench.task import Prompt, Stopper, cut, encode, load
 from bench.timer import Timer
@@ -107,7 +108,8 @@ class Block:
         self.score = arms[0].config.score
         self.settings = arms[0].config.settings
         self.context = context_of(self.settings, loader.target)
-        self.vanilla = _vanilla(child.job.baseline, arms)
+        # Replayed tokens are nobody's choice: there is nothing to compare them with.
+        self.vanilla = _vanilla("" if arms[0].config.replays else child.job.baseline, arms)
         self.run_name = run_name()
 
     def run(self) -> None:
@@ -124,7 +126,7 @@ class Block:
                 if arms:
                     self._round(interleaved(arms, number), number, prompt, bar)
         for arm in self.arms:
-            self.child.end(arm.job, Status(state="done"))
+            self.child.end(arm.job, ending(arm.config.accept, _read(arm.records)))
 
     def _bar(self, *, done: int) -> "tqdm[NoReturn]":
         return tqdm(
@@ -249,7 +251,7 @@ class Block:
                 fitting,
                 tried=tried if method is arm.method else [],
                 limit=self.task.max_new_tokens,
-                floor=arm.config.settings.acceptance_floor,
+                floor=arm.config.acceptance_floor,
                 target=family.target,
             )
             for method, family in drafting(arm.method, self.loader.model.family)

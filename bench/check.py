@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import sandbox, text
-from bench.config import Config, Costing
+from bench.config import RANDOM, Config, Costing
 from bench.task import Prompt, Task, encode
 from methods.checkpoint import check_transformer, stored_in
+from methods.random_weights import TRANSFORMER, Draw, is_random
 from methods.values import read_json
 from methods.weights import Weights, read_config
 
@@ -16,13 +17,44 @@ TOKENIZER = "tokenizer.json"
 def check_target(folder: Path, context: int | None) -> int:
     """Check the target's folder, and that a context is within it; give its positions."""
     shape = check_transformer(folder)
-    if not any(folder.glob("tokenizer*")):
+    if not is_random(folder) and not any(folder.glob("tokenizer*")):
         raise ValueError(f"{folder} must hold a tokenizer, found none")
     if context is not None and context > shape.max_positions:
         raise ValueError(
             f"context must be within the model's {shape.max_positions} positions, got {context}"
         )
     return shape.max_positions
+
+
+def check_random(config: Config) -> None:
+    """Check that a model says so where its weights are random, and is asked for costs alone.
+
+    One part is enough to call all of it random.
+    """
+    model, source = config.model, config.source
+    parts, family = [], model.family
+    while True:
+        parts += [family.target, *family.heads.values()]
+        if family.small is None:
+            break
+        family = family.small
+    made_up = next(filter(is_random, parts), None)
+    if (made_up is not None) != (model.weights == RANDOM):
+        told = "nothing of it is" if made_up is None else f"{made_up} is"
+        raise ValueError(
+            f"model.weights must be {RANDOM} where weights are random, and there alone, got "
+            f"{model.weights}: {told}"
+        )
+    if not is_random(model.family.target):
+        return
+    if config.quality is not None:
+        raise ValueError("quality must be of a model that was trained, got random weights")
+    vocab = check_transformer(model.family.target).vocab_size
+    if source.draw_lengths is None or (source.draw_below or 0) > vocab:
+        raise ValueError(
+            f"task must draw tokens below {vocab}, such as task=random, for random weights, which "
+            f"have no tokenizer; got {source.name} with draw_below {source.draw_below}"
+        )
 
 
 def check_contexts(cost: Costing, positions: int) -> None:
@@ -98,6 +130,8 @@ def check_calibration(config: Config, *, drafts: bool) -> bool:
         schemes += [own.draft, *filter(None, [own.draft_lm_head])]
     asking = [scheme.label for scheme in schemes if scheme.needs_absmax]
     text = config.model.calibration
+    if config.model.weights == RANDOM:
+        return False  # a stated constant stands for what calibration would find
     if asking and (text is None or not text.is_file()):
         raise ValueError(f"model.calibration must be a file for {asking[0]}, got {text}")
     return bool(asking)
@@ -169,6 +203,8 @@ def other_special_ids(folders: Sequence[Path], target: Path) -> list[str]:
 def _vocabulary(folder: Path) -> tuple[object, object] | None:
     """Tokens and their ids; None for a draft head, which has no tokenizer of its own."""
     path = folder / TOKENIZER
+    if is_random(folder) and Draw.read(folder).holds == TRANSFORMER:
+        return "numbers", check_transformer(folder).vocab_size
     if not path.is_file():
         return None
     try:

@@ -15,6 +15,7 @@ from bench.identity import IRRELEVANT, digest
 
 GROUPS = ("model", "quant", "method", "task")
 TARGET = "model.target"
+ACCEPT, MEASURED = "accept", "measured"  # a group that is named where it is not this choice
 # Where things lie is no choice between things: what lies there is known by its hash. The name of a
 # target's folder is one, where it is not the model's own (`Choice.reading`).
 PLACES = (
@@ -75,6 +76,8 @@ class Choice:
 
     def _named(self, groups: Iterable[str], overrides: Mapping[str, str]) -> str:
         chosen = [self.names[group] for group in groups]
+        if (accept := self.names.get(ACCEPT, MEASURED)) != MEASURED:
+            chosen.append(accept)
         changed = sorted(overrides.items())
         whole = ".".join(chosen + [f"{key}={value}" for key, value in changed])
         name = re.sub(r"[^\w.=+-]+", "_", whole, flags=re.ASCII)
@@ -87,11 +90,12 @@ def choose(names: Mapping[str, str], overrides: Sequence[str]) -> Choice:
     """Read Hydra's own account of a job: its choices, and its overrides such as `+a.b=3`."""
     split = (override.lstrip("+~").partition("=") for override in overrides)
     return Choice(
-        names={group: names[group] for group in GROUPS},
+        names={group: name for group, name in names.items() if group in (*GROUPS, ACCEPT)},
         overrides={
             key: value
             for key, _, value in split
-            if key not in (*GROUPS, *IRRELEVANT, "experiment") and not key.startswith(PLACES)
+            if key not in (*GROUPS, ACCEPT, *IRRELEVANT, "experiment")
+            and not key.startswith(PLACES)
         },
     )
 

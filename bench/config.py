@@ -13,20 +13,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bench import hub
-from bench.build import PACKAGES, ROOT, as_mapping, build, named_node, typed
+from bench.build import PACKAGES, ROOT, as_mapping, build, named_node, typed, without
 from bench.machine import check_machine
 from bench.record import COST, QUALITY, RUN
+from bench.schemes import DENSE, DRAFT_LM_HEAD, DRAFT_SCHEME, LM_HEAD, Schemes, parse_schemes
 from bench.score import Scoring
 from bench.source import Source
 from bench.task import Task
 from bench.text import Evaluation, Text
 from methods.recipe import Family, Recipe
+from methods.replay import Acceptance, AcceptanceProfile
 from methods.verify import Greedy, Rule, Sampled
 from quant.scheme import Scheme
 
-WEIGHTS = ("lab", "checkpoint")
-# Keys that name a scheme: in the configuration a file of conf/quant, here its content.
-DENSE, LM_HEAD, DRAFT_SCHEME, DRAFT_LM_HEAD = "dense", "lm_head", "draft_scheme", "draft_lm_head"
+RANDOM = "random"
+WEIGHTS = ("lab", "checkpoint", RANDOM)
 
 
 # Keys of conf/base.yaml that have a least value.
@@ -116,7 +117,7 @@ class Folders:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What else conf/model has. weights: lab | checkpoint. calibration: JSONL with `text`."""
+    """What else conf/model has. weights: of WEIGHTS. calibration: JSONL with `text`."""
 
     weights: str
     calibration: str | None
@@ -136,17 +137,6 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schemes:
-    """The scheme of every part. draft_lm_head: None leaves it to the method."""
-
-    target: Scheme
-    lm_head: Scheme
-    draft: Scheme
-    draft_lm_head: Scheme | None
-    dense: Scheme
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """Everything that a cell is made from. cost, quality: of a cell of that door."""
 
@@ -154,6 +144,7 @@ class Config:
     model: Model
     schemes: Schemes
     recipe: Recipe
+    accept: Acceptance
     source: Task | Text
     score: Scoring
     cost: Costing | None
@@ -170,6 +161,22 @@ class Config:
         """The running text, of a cell of the quality door."""
         assert isinstance(self.source, Text)
         return self.source
+
+    @property
+    def rule(self) -> Rule:
+        """What decides which drafts stand."""
+        return self.accept.rule(self.settings.rule)
+
+    @property
+    def replays(self) -> bool:
+        """Whether acceptance is drawn from a profile, so that tokens mean nothing."""
+        return isinstance(self.accept, AcceptanceProfile)
+
+    @property
+    def acceptance_floor(self) -> float:
+        """What a head must exceed; nothing where tokens mean nothing."""
+        unjudged = self.replays or self.model.weights == RANDOM
+        return 0.0 if unjudged else self.settings.acceptance_floor
 
     @property
     def reference(self) -> Path:
@@ -215,14 +222,17 @@ def as_dense(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def parse(tree: Mapping[str, Any], *, packages: tuple[str, ...] = PACKAGES) -> Config:
     """Build everything from a resolved tree, or raise ValueError with the key's full name."""
-    groups = ("model", "quant", "method", "task", "score", COST, QUALITY)
+    groups = ("model", "quant", "method", "task", "accept", "score", COST, QUALITY)
     settings = {key: value for key, value in tree.items() if key not in groups}
     method = without(tree["method"], DRAFT_SCHEME, DRAFT_LM_HEAD)
+    model = parse_model(tree["model"])
+    schemes = parse_schemes(tree["quant"], tree["method"])
     return Config(
         settings=typed(settings, Settings, key=""),
-        model=parse_model(tree["model"]),
-        schemes=parse_schemes(tree["quant"], tree["method"]),
+        model=model,
+        schemes=schemes.unsearched if model.weights == RANDOM else schemes,
         recipe=_recipe(method, packages),
+        accept=build(tree["accept"], Acceptance, key="accept"),  # type: ignore[type-abstract]
         source=_source(tree["task"], door_of(tree)),
         score=typed(tree["score"], Scoring, key="score"),
         cost=typed(tree[COST], Costing, key=COST) if COST in tree else None,
@@ -248,24 +258,6 @@ def parse_model(node: object) -> Model:
     )
 
 
-def parse_schemes(quant: Mapping[str, Any], method: Mapping[str, Any]) -> Schemes:
-    """Build the schemes of the target, and of the drafter; one that is absent is dense."""
-    dense = named_node("quant", DENSE, key="quant")
-    draft_lm_head = method.get(DRAFT_LM_HEAD)
-    return Schemes(
-        target=_scheme(without(quant, LM_HEAD), "quant"),
-        lm_head=_scheme(quant[LM_HEAD], f"quant.{LM_HEAD}"),
-        draft=_scheme(method.get(DRAFT_SCHEME) or dense, f"method.{DRAFT_SCHEME}"),
-        draft_lm_head=draft_lm_head and _scheme(draft_lm_head, f"method.{DRAFT_LM_HEAD}"),
-        dense=_scheme(dense, "quant"),
-    )
-
-
-def without(node: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    """Copy a node less some keys."""
-    return {key: value for key, value in node.items() if key not in keys}
-
-
 def _source(node: object, door: str) -> Task | Text:
     source = build(node, Source, key="task")
     if door == QUALITY and not isinstance(source, Text):
@@ -274,10 +266,6 @@ def _source(node: object, door: str) -> Task | Text:
         raise ValueError(f"task must have prompts, got {source.name}, a text for specquant quality")
     assert isinstance(source, Task | Text)
     return source
-
-
-def _scheme(node: object, key: str) -> Scheme:
-    return build(node, Scheme, key=key)  # type: ignore[type-abstract]
 
 
 def _recipe(node: object, packages: tuple[str, ...]) -> Recipe:

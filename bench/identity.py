@@ -34,6 +34,7 @@ CHECKPOINT_FILES = (
     "*.bin",  # read where there is nothing else
     "*.bin.index.json",
     "config.json",
+    "random_weights.json",  # in place of weights
     "quantize_config.json",
     "tokenizer*",
     "special_tokens_map.json",

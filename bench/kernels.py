@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from bench.build import as_mapping, build, typed
-from bench.config import plain_tree, without
+from bench.build import as_mapping, build, typed, without
+from bench.config import plain_tree
 from bench.door import OK, UNFINISHED, collect
 from bench.kernel_timing import Layer, Product, Timings, copy_tb_per_s, products
 from bench.machine import check_machine

@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from bench.config import Config, Schemes, Settings
+from bench.config import Config, Settings
+from bench.schemes import Schemes
 from bench.source import read_file
 from methods.calibrate import load_calibrated
 from methods.checkpoint import check_transformer, stored_in
 from methods.decode import Method
+from methods.random_weights import is_random
 from methods.recipe import Parts
 from methods.transformer import Transformer
 from methods.values import read_json
@@ -62,7 +67,7 @@ class Loader:
         return Parts(
             target=self.target,
             family=self.model.family,
-            rule=settings.rule,
+            rule=config.rule,
             context=context_of(settings, self.target),
             scheme=schemes.draft,
             lm_head=schemes.draft_lm_head,
@@ -103,7 +108,12 @@ class Loader:
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """Read a checkpoint's tokenizer, or raise ValueError naming the folder."""
+    """Read a checkpoint's tokenizer, or raise ValueError naming the folder.
+
+    Where weights are made up, a token's text is its number, and nothing ends an answer.
+    """
+    if is_random(folder):
+        return _numbers(check_transformer(folder).vocab_size)
     config = folder / "tokenizer_config.json"
     try:
         named = read_json(config).get("tokenizer_class")
@@ -114,6 +124,12 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} must have a tokenizer: {reason}") from error
+
+
+def _numbers(vocab_size: int) -> "PreTrainedTokenizerBase":
+    words = Tokenizer(WordLevel({str(token): token for token in range(vocab_size)}))
+    words.pre_tokenizer = WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words)
 
 
 def context_of(settings: Settings, target: Transformer) -> int:

@@ -19,8 +19,8 @@ from bench.build import ROOT, build, named_node
 from bench.config import Config
 from methods.architecture import EMBEDDING, read_shape, transformer_shapes
 from methods.checkpoint import quantization_of
-from methods.head import EMBEDDING as HEAD_EMBEDDING
-from methods.head import LM_HEAD
+from methods.head_shapes import EMBEDDING as HEAD_EMBEDDING
+from methods.head_shapes import LM_HEAD
 from methods.weights import Weights, read_config
 from quant.scheme import Scheme
 
@@ -66,7 +66,7 @@ def needed(config: Config, folders: Sequence[Path], positions: int) -> Need:
     """
     schemes, family = config.schemes, config.model.family
     dtype: torch.dtype = getattr(torch, config.settings.dtype)
-    context = config.settings.context or positions
+    context = _context(config, positions)
     weights = _model_bytes(family.target, schemes.target, schemes.lm_head, dtype)
     per_token = _cache_bytes(family.target, dtype)
     for folder in folders:
@@ -77,6 +77,14 @@ def needed(config: Config, folders: Sequence[Path], positions: int) -> Need:
         else:
             weights += _head_bytes(folder, schemes.draft, own, dtype)
     return Need(weights=weights, per_token=per_token, context=context)
+
+
+def _context(config: Config, positions: int) -> int:
+    """Tokens that caches are made for: of all sequences of a batch, at the cost door."""
+    if config.cost is None:
+        return config.settings.context or positions
+    cost = config.cost
+    return max(cost.batches) * (max(cost.contexts) + max(cost.widths))
 
 
 def misfit(config: Config, folders: Sequence[Path], positions: int, *, have: int | None) -> str:
@@ -94,7 +102,7 @@ def misfit(config: Config, folders: Sequence[Path], positions: int, *, have: int
 def _nearest(config: Config, folders: Sequence[Path], need: Need, have: int) -> str:
     """The same with a shorter context, where an answer fits into it; else a smaller scheme."""
     left = (have - need.weights) // need.per_token
-    if left > config.task.max_new_tokens:
+    if config.cost is None and left > config.task.max_new_tokens:
         return f"context={left} fits"
     target = config.model.family.target
     if quantization_of(target) is not None:

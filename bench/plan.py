@@ -17,23 +17,17 @@ from omegaconf import DictConfig
 
 from bench import check, hub, memory
 from bench.block import Arm, Block, check_schema, is_finished
-from bench.build import PACKAGES, named_node, target_modules
+from bench.build import PACKAGES, named_node, target_modules, without
 from bench.choice import Choice, choose
-from bench.config import (
-    DRAFT_LM_HEAD,
-    DRAFT_SCHEME,
-    Config,
-    as_dense,
-    door_of,
-    parse,
-    resolve,
-    without,
-)
+from bench.config import Config, as_dense, door_of, parse, resolve
 from bench.identity import IRRELEVANT, WeightHashes, code_hash, config_hash, digest
 from bench.kernel_check import check_kernels
-from bench.record import COST, QUALITY, RUN, VANILLA, Cell
+from bench.record import COST, QUALITY, VANILLA, Cell
+from bench.replayed import check_levels
+from bench.schemes import DRAFT_LM_HEAD, DRAFT_SCHEME
 from bench.task import Prompt, Task, load
 from methods.checkpoint import Stored, stored_in
+from methods.replay import MEASURED
 from quant.scheme import Scheme
 
 HASHES = ".hashes.json"  # of results_dir
@@ -60,6 +54,11 @@ class Planned:
     problem: str
     asked: bool
     stored: Stored
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it is more than the target's own cell."""
+        return DRAFT_SCHEME in self.tree["method"]
 
     @property
     def folder(self) -> Path:
@@ -126,6 +125,7 @@ class Planner:
                 return self._plan(choice, as_dense(tree), asked=asked)
         check_kernels(config)
         self._once(f"sandbox {config.runs_programs}", lambda: check.check_sandbox(config))
+        check.check_random(config)
         if config.cost is not None:
             check.check_contexts(config.cost, positions)
         if config.quality is not None:
@@ -142,6 +142,7 @@ class Planner:
         if not problem:
             try:
                 check.check_fit(config, folders)
+                check_levels(config)
             except ValueError as error:
                 problem = str(error)
         if not folders and not problem:  # nothing drafts, so nothing is drafted in a scheme
@@ -212,6 +213,7 @@ class Planner:
             draft_scheme=self._draft_label(planned),
             method=choice.less(f"method.{DRAFT_SCHEME}", f"method.{DRAFT_LM_HEAD}").label("method"),
             task=choice.label("task"),
+            acceptance=config.accept.label if planned.drafts else MEASURED,
             block=choice.block,
             device=settings.device,
             dtype=settings.dtype,
@@ -241,7 +243,7 @@ class Planner:
 
     def _draft_label(self, planned: Planned) -> str:
         """The drafter's scheme, and that of its own lm_head where there is one."""
-        if DRAFT_SCHEME not in planned.tree["method"]:
+        if not planned.drafts:
             return ""
         schemes, small = planned.config.schemes, planned.config.model.family.small
         draft, lm_head = schemes.draft.label, schemes.draft_lm_head
@@ -275,7 +277,7 @@ class Planner:
     def _fitted(self, arm: Arm, planned: Planned) -> Arm:
         """Make it the problem of an arm, where it is yet to run, that its device is too small."""
         config, device = planned.config, planned.config.settings.device
-        if arm.problem or arm.cell.door != RUN or is_finished(arm):
+        if arm.problem or arm.cell.door == QUALITY or is_finished(arm):
             return arm
         have = self._once(f"memory {device}", lambda: memory.available(device))
         problem = memory.misfit(config, planned.folders[1:], planned.positions, have=have)

@@ -31,10 +31,12 @@ from bench.choice import choose
 from bench.config import Config, parse, resolve
 from bench.door import OK, UNFINISHED, collect
 from bench.kernel_check import check_kernels
+from bench.replayed import check_levels
 from bench.task import encode, load
 from methods.checkpoint import check_transformer, stored_in
 from methods.decode import Method
 from methods.hierarchical import Hierarchical
+from methods.random_weights import is_random
 from methods.recipe import Family, Parts, Recipe
 from methods.rotation import is_norm_folded, read_rotation
 from methods.tree_recipe import TreeRecipe
@@ -107,6 +109,7 @@ def _files(config: Config) -> Iterator[Finding]:
     yield (found := _tried("target", target))
     if found.state == FAILED:
         return
+    yield _tried("weights", lambda: _origin(config))
     folders: list[Path] = []
     yield _tried("kernels", lambda: _kernels(config))
 
@@ -145,9 +148,18 @@ def _kernels(config: Config) -> str:
     return f"{own.target.kernel} for the target, {own.draft.kernel} for what drafts"
 
 
+def _origin(config: Config) -> str:
+    """Tell where weights and acceptance come from."""
+    check.check_random(config)
+    check_levels(config)
+    return f"{config.model.weights}, acceptance {config.accept.label}"
+
+
 def _rotation(config: Config) -> Finding:
     """Tell what is known of the target's rotation; the method has checked that its head fits."""
     target = config.model.family.target
+    if is_random(target):
+        return Finding(state=PASSED, what="rotation", detail="not rotated, weights are random")
     if read_rotation(target) is not None:
         return Finding(state=PASSED, what="rotation", detail="rotated, stock heads absorb it")
     if not is_norm_folded(Weights(target)):
@@ -243,7 +255,7 @@ def _acceptance(config: Config, method: Method, family: Family, prompts: list[li
         [],
         tried=outputs,
         limit=limit,
-        floor=config.settings.acceptance_floor,
+        floor=config.acceptance_floor,
         target=family.target,
     ):
         raise ValueError(problem)

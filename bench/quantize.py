@@ -20,8 +20,8 @@ import torch
 from omegaconf import DictConfig
 
 from bench import hub
-from bench.build import build, named_node, target_modules, typed
-from bench.config import DRAFT_SCHEME, LM_HEAD, parse_model, parse_schemes, plain_tree, without
+from bench.build import build, named_node, target_modules, typed, without
+from bench.config import parse_model, plain_tree
 from bench.door import OK, collect
 from bench.identity import WeightHashes, code_hash, digest
 from bench.likelihood import Reader, score
@@ -29,6 +29,7 @@ from bench.load import load_tokenizer
 from bench.machine import check_machine
 from bench.quantizer import Job, Quantizer
 from bench.record import VANILLA, write_json
+from bench.schemes import DRAFT_SCHEME, LM_HEAD, parse_schemes
 from bench.shards import close, is_finished
 from bench.source import read_file
 from bench.text import Evaluation, Text, encode, windows

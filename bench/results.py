@@ -147,11 +147,11 @@ class Campaign:
         """Give the costs of verifying on this target, and of this cell's drafter beside it."""
         same = [c for c in self.costs if c.done and c.same_target(result)]
         verify = [r for c in same for r in c.costs if r.what == "verify"]
-        drafter = (result.cell.method, result.cell.draft_scheme)
+        drafter = (result.cell.method, result.cell.draft_scheme, result.cell.acceptance)
         draft = [
             r
             for c in same
-            if (c.cell.method, c.cell.draft_scheme) == drafter
+            if (c.cell.method, c.cell.draft_scheme, c.cell.acceptance) == drafter
             for r in c.costs
             if r.what == "draft"
         ]

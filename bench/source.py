@@ -5,6 +5,7 @@ JSONL and plain text are read by the standard library; Parquet and the hub need 
 
 import gzip
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,14 @@ class Source:
     hub: str | None  # id on the hub, or a folder that `datasets` can read
     hub_config: str | None
     hub_split: str | None
+    # Rows drawn instead of read: prompts of these many random token ids, each below a bound.
+    draw_lengths: list[int] | None = None
+    draw_below: int | None = None
 
     def rows(self) -> list[Row]:
-        """Read all rows; ValueError where there is no file, or no data set."""
+        """Read all rows, or draw them; ValueError where there is no file, or no data set."""
+        if self.draw_lengths is not None:
+            return self._drawn(self.draw_lengths)
         if self.path is not None:
             base = ROOT if self.data_dir is None else Path(self.data_dir).expanduser()
             path = base / Path(self.path).expanduser()
@@ -81,6 +87,20 @@ class Source:
         if self.hub_split is None:
             raise ValueError(f"task {self.name}: hub_split must be given where hub is, got null")
         return read_hub(self.hub, config=self.hub_config, split=self.hub_split)
+
+    def _drawn(self, lengths: list[int]) -> list[Row]:
+        """Draw the text of each prompt, which is the numbers of its tokens."""
+        if not lengths or min(lengths) < 1 or (self.draw_below or 0) < 1:
+            raise ValueError(
+                f"task {self.name}: draw_lengths and draw_below must be 1 or more, got {lengths} "
+                f"and {self.draw_below}"
+            )
+        generators = [random.Random(f"{self.name}/{i}") for i in range(len(lengths))]
+        texts = [
+            " ".join(str(generator.randrange(self.draw_below or 0)) for _ in range(length))
+            for generator, length in zip(generators, lengths, strict=True)
+        ]
+        return [Row(place=f"{self.name}:{i}", values={"text": t}) for i, t in enumerate(texts, 1)]
 
 
 def read_file(path: Path) -> list[Row]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from methods.checkpoint import load_transformer
+from methods.checkpoint import check_transformer, load_transformer
+from methods.random_weights import is_random, typical_absmax
 from methods.transformer import Transformer
 from quant.scheme import Scheme
 
@@ -24,10 +25,14 @@ def load_calibrated(
 ) -> Transformer:
     """Read a model in a scheme; where the scheme asks for it, run the dense model on `texts` first.
 
-    texts: token ids. Raises ValueError where the scheme needs texts and there are none.
+    texts: token ids. Raises ValueError where the scheme needs texts and there are none; made-up
+    weights need none.
     """
-    absmax = None
-    if asking := [s.label for s in (scheme, lm_head) if s.needs_absmax]:
+    absmax: dict[str, Tensor] | None = None
+    asking = [s.label for s in (scheme, lm_head) if s.needs_absmax]
+    if asking and is_random(folder):
+        absmax = typical_absmax(check_transformer(folder), device)
+    elif asking:
         if not texts:
             raise ValueError(f"{asking[0]} must have calibration text, got none for {folder}")
         plain = load_transformer(folder, scheme=dense, lm_head=dense, dtype=dtype, device=device)

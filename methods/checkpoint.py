@@ -22,8 +22,10 @@ from methods.transformer import MLP, Attention, Block, Shape, Transformer
 from methods.values import naming, read_flag
 from methods.weights import Weights, read_config
 from quant.formats import Layout, Quantization, read_quantization
-from quant.scheme import QuantLinear, Scheme, stack
+from quant.scheme import QuantLinear, Scheme, is_finite, stack
 from quant.stacked import StackedLinear
+
+ROWS = 4096  # of a weight packed at once
 
 
 def check_transformer(folder: Path) -> Shape:
@@ -123,7 +125,7 @@ class Packer:
     def tensor(self, name: str) -> Tensor:
         """A weight that no scheme touches: an embedding or a norm."""
         tensor = self.weights[name].to(device=self.device, dtype=self.dtype)
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise ValueError(f"{name} must be finite in {self.dtype}, got infinities or NaNs")
         return tensor
 
@@ -140,11 +142,20 @@ class Packer:
         try:
             if any(layout is not None for layout, _ in stored):
                 return self._taken(stored)
-            whole = torch.cat([tensors["weight"] for _, tensors in stored])
-            packed = self.scheme.pack(whole, self.absmax.get(label))
+            parts = [tensors["weight"] for _, tensors in stored]
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            packed = self._packed(whole, label)
             return self.scheme.linear(packed, dtype=self.dtype, device=self.device)
         except ValueError as error:
             raise ValueError(f"{label} in {self.scheme.label}: {error}") from error
+
+    def _packed(self, whole: Tensor, label: str) -> dict[str, Tensor]:
+        """Pack a weight, in pieces where that is the same: rounding widens what it works on."""
+        if not self.scheme.by_row or len(whole) <= ROWS:
+            return self.scheme.pack(whole, self.absmax.get(label))
+        packed = stack([self.scheme.pack(rows) for rows in torch.split(whole, ROWS)])
+        assert packed is not None, "what is packed by row can be stacked"
+        return packed
 
     def _stored(self, module: str, *, biased: bool) -> tuple[Layout | None, dict[str, Tensor]]:
         layout = None if self.quantization is None else self.quantization.layout(module)
@@ -277,7 +288,7 @@ def open_packer(
     absmax: Mapping[str, Tensor] | None = None,
 ) -> Packer:
     """Make a packer of a folder's weights, however they are stored."""
-    weights = Weights(folder)
+    weights = Weights(folder, device=device)
     quantization = _quantization(read_config(folder), weights)
     return Packer(
         weights, scheme, dtype=dtype, device=device, quantization=quantization, absmax=absmax

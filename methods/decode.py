@@ -195,7 +195,8 @@ class Method:
             taps=self.drafter.taps,
         )
         logits = self.target.logits(read.hidden[0, u:])
-        picked = self.rule.pick(logits, base + depths[u:] + 1, seed=seed)
+        tree = Tree(tokens=tokens, parents=parents)
+        picked = self.rule.choose(tree, logits, base + depths[u:] + 1, seed=seed)
         return walk(tokens, parents, picked), read.features[0]
 
     def _committed(self, known: Tensor, path: Tensor, features: Tensor) -> tuple[Tensor, ...]:

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from methods.architecture import block_shapes
 from methods.checkpoint import Packer, load_lm_head
 from methods.grow import Head
-from methods.head import EAGLE, EMBEDDING, FLOATS, LM_HEAD, HeadFiles, open_head
+from methods.head import EAGLE, FLOATS, HeadFiles, open_head
+from methods.head_shapes import EAGLE2_PREFIX as PREFIX
+from methods.head_shapes import EMBEDDING, FC_BIAS, LM_HEAD, eagle2_shapes
 from methods.recipe import Family, Parts
 from methods.rotation import Rotation, is_norm_folded, read_rotation
 from methods.transformer import Block, Shape
@@ -30,7 +31,6 @@ from quant.formats import Spec
 from quant.scheme import QuantLinear
 
 NAME = "eagle2"
-PREFIX = "layers.0."
 ROTATED = "rms_norm_rotation.weight"  # [D, D], by which a head knows a rotated target
 AGREEMENT = 2.0**-6  # relative error of a published `rms_norm_rotation` in half precision
 
@@ -111,9 +111,9 @@ class Eagle2(TreeRecipe):
             )
         own = {EMBEDDING: (shape.vocab_size, shape.hidden_size)}
         own[LM_HEAD] = own[EMBEDDING]
-        expected = head_shapes(shape)
+        expected = eagle2_shapes(shape)
         if files.flag("bias", default=True):  # as the published code has it
-            expected["fc.bias"] = (shape.hidden_size,)
+            expected[FC_BIAS] = (shape.hidden_size,)
         rotation = read_rotation(family.target)
         if ROTATED in files.weights:
             expected |= own | {ROTATED: (shape.hidden_size, shape.hidden_size)}
@@ -125,7 +125,7 @@ class Eagle2(TreeRecipe):
     def head(self, parts: Parts) -> Head:
         """Read the head; its layer and fc go into the drafter's scheme."""
         target = parts.target
-        files = open_head(parts.family.head(NAME), EAGLE, target.shape)
+        files = open_head(parts.family.head(NAME), EAGLE, target.shape, device=target.device)
         shape = files.shape
         own = ROTATED in files.weights
         rotation = read_rotation(parts.family.target)
@@ -143,7 +143,7 @@ class Eagle2(TreeRecipe):
             taps=(target.shape.num_layers,),
             embedding=target.embedding if embedding is None else embedding.to(target.embedding),
             fc=packer.linear("fc", "fc"),
-            fc_bias=packer.tensor("fc.bias") if "fc.bias" in tensors else None,
+            fc_bias=packer.tensor(FC_BIAS) if FC_BIAS in tensors else None,
             block=Block(
                 input_norm=None,
                 attention=packer.attention("attention", PREFIX, shape),
@@ -154,12 +154,6 @@ class Eagle2(TreeRecipe):
             entering=packer.tensor(ROTATED).T.contiguous() if own else None,
             leaving=None if folded is None else folded.into_feature.to(target.dtype),
         ).eval()
-
-
-def head_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a head, by its published name."""
-    hidden = shape.hidden_size
-    return {"fc.weight": (hidden, 2 * hidden)} | block_shapes(PREFIX, shape, attention_in=hidden)
 
 
 def _absorbed(fc: Tensor, rotation: Rotation, *, shared: bool) -> Tensor:

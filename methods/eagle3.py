@@ -17,10 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from methods.architecture import FUSED, QKV, block_shapes
+from methods.architecture import FUSED, QKV
 from methods.checkpoint import Packer
 from methods.grow import Head
-from methods.head import EAGLE3, EMBEDDING, FLOATS, HeadFiles, open_head
+from methods.head import EAGLE3, FLOATS, HeadFiles, open_head
+from methods.head_shapes import EAGLE3_EMBEDDING_NORM as EMBEDDING_NORM
+from methods.head_shapes import EAGLE3_PREFIX as PREFIX
+from methods.head_shapes import EMBEDDING, KEPT, OFFSETS, eagle3_shapes
 from methods.norm import RMSNorm
 from methods.recipe import Family, Parts
 from methods.rotation import Rotation, read_rotation
@@ -32,9 +35,6 @@ from quant.formats import Spec
 from quant.scheme import QuantLinear
 
 NAME = "eagle3"
-PREFIX = "midlayer."
-EMBEDDING_NORM = f"{PREFIX}input_layernorm.weight"
-OFFSETS, KEPT = "d2t", "t2d"
 TAPS = "eagle_aux_hidden_state_layer_ids"
 INTEGERS = (torch.int64, torch.int32)
 
@@ -124,7 +124,7 @@ class Eagle3(TreeRecipe):
                 f"{target.hidden_size}, got {width}"
             )
         taps = _taps(files, target)
-        expected = head_shapes(shape, draft_vocab, taps=len(taps), width=width)
+        expected = eagle3_shapes(shape, draft_vocab, taps=len(taps), width=width)
         embedding = {EMBEDDING: (shape.vocab_size, shape.hidden_size)}
         if shape.hidden_size != width:
             expected |= embedding
@@ -139,7 +139,7 @@ class Eagle3(TreeRecipe):
     def head(self, parts: Parts) -> Head:
         """Read the head; its layer and fc go into the drafter's scheme."""
         target = parts.target
-        files = open_head(parts.family.head(NAME), EAGLE3, target.shape)
+        files = open_head(parts.family.head(NAME), EAGLE3, target.shape, device=target.device)
         shape, draft_vocab = files.shape, files.size("draft_vocab_size")
         rotation = read_rotation(parts.family.target)
         tensors = files.tensors(besides={EMBEDDING})
@@ -166,23 +166,6 @@ class Eagle3(TreeRecipe):
             norm_before_residual=files.flag("norm_before_residual"),
             norm_output=files.flag("norm_output"),
         ).eval()
-
-
-def head_shapes(
-    shape: Shape, draft_vocab: int, *, taps: int, width: int
-) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a head that must be there, by its published name.
-
-    taps, width: how many streams of the target it reads, and how wide they are.
-    """
-    hidden = shape.hidden_size
-    return {
-        "fc.weight": (hidden, taps * width),
-        EMBEDDING_NORM: (hidden,),
-        f"{PREFIX}hidden_norm.weight": (hidden,),
-        "norm.weight": (hidden,),
-        "lm_head.weight": (draft_vocab, hidden),
-    } | block_shapes(PREFIX, shape, attention_in=2 * hidden)
 
 
 def _absorbed(

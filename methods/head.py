@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from methods.architecture import read_shape
+from methods.head_shapes import EMBEDDING
 from methods.rotation import Rotation
 from methods.transformer import Shape, Transformer
 from methods.values import naming, read_flag, read_section, read_size, shown
@@ -21,8 +22,6 @@ from methods.weights import Weights, read_config
 from quant.formats import Spec
 
 EAGLE, EAGLE3 = "eagle", "eagle3"
-EMBEDDING = "embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # How names begin in speculators' files -> in EAGLE's.
@@ -113,10 +112,12 @@ class HeadFiles:
         return None
 
 
-def open_head(folder: Path, kind: str, target: Shape) -> HeadFiles:
+def open_head(
+    folder: Path, kind: str, target: Shape, *, device: torch.device | None = None
+) -> HeadFiles:
     """Open a head's folder without reading its weights; ValueError where it is of another kind.
 
-    kind: EAGLE or EAGLE3.
+    kind: EAGLE or EAGLE3. device: as of `Weights`.
     """
     config = read_config(folder)
     renamed = None
@@ -131,7 +132,7 @@ def open_head(folder: Path, kind: str, target: Shape) -> HeadFiles:
     for key in REFUSED[kind]:
         if config.get(key):
             raise ValueError(f"{folder}: {key} must be false, nothing here computes it")
-    weights = Weights(folder, renamed=renamed)
+    weights = Weights(folder, renamed=renamed, device=device)
     # EAGLE's code asks this key, not the family; files without it have biases or have none.
     biased = any(name.endswith("q_proj.bias") for name in weights)
     with naming(folder):

@@ -68,6 +68,7 @@ class Parts:
             self,
             target=self.load(family.target),
             family=family,
+            rule=self.rule.smaller(),
             context=self.context + ahead,
         )
 

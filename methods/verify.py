@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from methods.fused import argmax
+from methods.tree import Tree
 
 
 class Rule(ABC):
@@ -44,6 +45,17 @@ class Rule(ABC):
     def pick(self, logits: Tensor, positions: Tensor, *, seed: Tensor) -> Tensor:
         """Take the first of the best. Arguments as of `scores` -> [n] int64."""
         return argmax(self.scores(logits, positions, seed=seed))
+
+    def choose(self, tree: Tree, logits: Tensor, positions: Tensor, *, seed: Tensor) -> Tensor:
+        """Take the token that follows each node of a tree: its own pick, whatever the tree is.
+
+        Replayed acceptance alone looks at the tree. Arguments as of `scores` -> [n] int64.
+        """
+        return self.pick(logits, positions, seed=seed)
+
+    def smaller(self) -> "Rule":
+        """The rule of a smaller model's own method: the same."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from methods.random_weights import RANDOM, RandomShard, is_random
 from methods.shards import Shard, open_shard
 from methods.values import read_json, shown
 from quant.formats import Spec
@@ -26,15 +28,24 @@ ROTATION = "rotation.safetensors"
 class Weights(Mapping[str, Tensor]):
     """The tensors of a folder, by name; each is read when it is asked for."""
 
-    def __init__(self, folder: Path, *, renamed: Mapping[str, str] | None = None) -> None:
-        """renamed: how names begin in the file -> how they shall begin here."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        renamed: Mapping[str, str] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """renamed: how names begin in the file -> how they shall begin here.
+
+        device: where tensors are drawn that are in no file; None = on the CPU.
+        """
         self.folder = folder
         self._place_of: dict[str, tuple[Shard, str]] = {}
         index = _index_file(folder)
         indexed = None if index is None else _read_index(index)
         found: dict[str, str] = {}
         for path in _weight_files(folder, indexed):
-            shard = open_shard(path)
+            shard = _open(path, device or torch.device("cpu"))
             if twice := shard.names & found.keys():
                 raise ValueError(f"{folder} must hold a tensor once, got {_some(twice)} twice")
             found |= dict.fromkeys(shard.names, path.name)
@@ -50,6 +61,9 @@ class Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         shard, stored = self._place_of[name]
         return shard.tensor(stored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._place_of  # a mapping's own way would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._place_of)
@@ -113,6 +127,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _open(path: Path, device: torch.device) -> Shard:
+    if path.name == RANDOM:
+        return RandomShard(path.parent, read_config(path.parent), device)
+    return open_shard(path)
+
+
 def _index_file(folder: Path) -> Path | None:
     """The index of a folder's shards; None where there is none. Safetensors go first."""
     if (folder / INDEX).is_file():
@@ -135,6 +155,10 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _weight_files(folder: Path, indexed: Mapping[str, str] | None) -> list[Path]:
+    if is_random(folder):
+        if indexed is not None or _safetensors(folder) or (folder / PICKLED).is_file():
+            raise ValueError(f"{folder} must hold {RANDOM} or weights, got both")
+        return [folder / RANDOM]
     if indexed is None:
         return [_only_file(folder)]
     return [folder / name for name in sorted(set(indexed.values()))]

@@ -20,6 +20,11 @@ class Dense(Scheme):
         """Name of the format."""
         return "dense"
 
+    @property
+    def by_row(self) -> bool:
+        """Gives the weight itself."""
+        return False
+
     def lattice(self, weight: Tensor, absmax: Tensor | None = None) -> Lattice:
         """Refuse: nothing is rounded."""
         raise ValueError("scheme must round weights, got dense, which keeps them as they are")

@@ -97,6 +97,16 @@ class Scheme(ABC):
         return False
 
     @property
+    def by_row(self) -> bool:
+        """Whether `pack` copies, and rounds each row as if there were no others."""
+        return not self.needs_absmax
+
+    @property
+    def unsearched(self) -> "Scheme":
+        """The same format by plain rounding alone: for weights that mean nothing."""
+        return self
+
+    @property
     def as_stored(self) -> bool:
         """Whether layers that a checkpoint holds quantised are taken as they are."""
         return False
@@ -202,6 +212,12 @@ def stored_tensor(
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether nothing is infinite or NaN, without a copy where a model fills the device."""
+    # The ends of what holds a NaN are NaN.
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 def require_matrix(weight: Tensor) -> tuple[int, int]:
     """Return (N, K) of a finite, not empty, floating-point matrix, or raise ValueError."""
     if weight.ndim != 2 or not weight.is_floating_point() or weight.numel() == 0:
@@ -209,6 +225,6 @@ def require_matrix(weight: Tensor) -> tuple[int, int]:
             f"weight must be a floating-point [N, K] matrix with N, K >= 1, got {weight.dtype} "
             f"of shape {list(weight.shape)}"
         )
-    if not bool(torch.isfinite(weight).all()):
+    if not is_finite(weight):
         raise ValueError("weight must be finite, got infinities or NaNs")
     return weight.shape[0], weight.shape[1]

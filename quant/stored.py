@@ -24,6 +24,11 @@ class AsStored(Scheme):
         """Takes what the checkpoint's own format says."""
         return True
 
+    @property
+    def by_row(self) -> bool:
+        """Gives the weight itself."""
+        return False
+
     def lattice(self, weight: Tensor, absmax: Tensor | None = None) -> Lattice:
         """Refuse: nothing is rounded."""
         return Dense().lattice(weight, absmax)

@@ -24,7 +24,7 @@ moves it back, so w8 stays within 127. u * s2 alone may pass 127 and wrap; addin
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +70,11 @@ class W4A8QoQ(Scheme):
     def activation_format(self) -> str:
         """Rounded per token, as they come."""
         return "int8"
+
+    @property
+    def unsearched(self) -> "W4A8QoQ":
+        """Without the range search."""
+        return replace(self, range_search=False)
 
     def lattice(self, weight: Tensor, absmax: Tensor | None = None) -> Lattice:
         """Stored as packed uint8 [N, K / 2], s1_scales [N] and s1_szeros or s2_scales, s2_zeros."""

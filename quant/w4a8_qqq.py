@@ -18,7 +18,7 @@ The kernel gets w8 by one fused multiply-add, so the product is rounded once, ti
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,11 @@ class W4A8QQQ(Scheme):
     def activation_format(self) -> str:
         """Rounded per token, as they come."""
         return "int8"
+
+    @property
+    def unsearched(self) -> "W4A8QQQ":
+        """Without the range search."""
+        return replace(self, range_search=False)
 
     def lattice(self, weight: Tensor, absmax: Tensor | None = None) -> GridLattice:
         """Stored as packed uint8 [N, K / 2], s_channel [N] and, per group, s_group [N, groups].

@@ -18,7 +18,7 @@ product.
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,11 @@ class WeightOnly(Scheme):
         """Name of the format."""
         groups = "channel" if self.group_size == -1 else f"g{self.group_size}"
         return f"w{self.bits}a16-{groups}" + ("" if self.symmetric else "-asym")
+
+    @property
+    def unsearched(self) -> "WeightOnly":
+        """Without the range search."""
+        return replace(self, range_search=False)
 
     def lattice(self, weight: Tensor, absmax: Tensor | None = None) -> GridLattice:
         """Stored as packed uint8 [N, K * bits / 8], scales and perhaps zeros [N, groups]."""

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from methods import eagle2, eagle3
 from methods.architecture import read_shape, transformer_shapes
+from methods.head_shapes import eagle2_shapes, eagle3_shapes
 from methods.recipe import Family
 
 VOCAB = 96
@@ -113,9 +113,7 @@ def write_llama(folder: Path, config: dict[str, Any], seed: int) -> Path:
 
 def write_eagle2(folder: Path, target: dict[str, Any], seed: int) -> Path:
     config = target | {"num_hidden_layers": 1, "bias": False}
-    return write_checkpoint(
-        folder, config, random_tensors(eagle2.head_shapes(read_shape(config)), seed)
-    )
+    return write_checkpoint(folder, config, random_tensors(eagle2_shapes(read_shape(config)), seed))
 
 
 def write_eagle3(
@@ -129,9 +127,7 @@ def write_eagle3(
         "draft_vocab_size": draft_vocab,
         "eagle_aux_hidden_state_layer_ids": [1, layers // 2, layers - 1],
     }
-    shapes = eagle3.head_shapes(
-        read_shape(config), draft_vocab, taps=3, width=target["hidden_size"]
-    )
+    shapes = eagle3_shapes(read_shape(config), draft_vocab, taps=3, width=target["hidden_size"])
     tensors = random_tensors(shapes, seed)
     kept = torch.randperm(vocab, generator=torch.Generator().manual_seed(seed))[:draft_vocab]
     kept = kept.sort().values

@@ -171,7 +171,7 @@ def test_a_missing_checkpoint_is_named(world: list[str], tmp_path: Path) -> None
         ("threads=0", "threads must be 1 to "),
         ("threads=100000", "threads must be 1 to "),
         ("campaign=../x", "campaign must be a folder of results_dir, got '../x'"),
-        ("model.weights=mine", "model: weights must be one of lab, checkpoint, got 'mine'"),
+        ("model.weights=mine", "model: weights must be one of lab, checkpoint, random, got 'mine'"),
         ("quant.lm_head=w9", "quant.lm_head must be one of checkpoint, dense, "),
         ("method.draft_scheme=null", "method.draft_scheme must be one of checkpoint, dense, "),
         ("task.path=none.jsonl", "task lab: path must be a file"),
