@@ -56,7 +56,9 @@ class Watched(Rule):
         if not self.steps:
             raise ValueError(f"{name}: a profile needs steps that drafted, got none")
         ranks = 1 + max((rank for _, rank in self.stood), default=0)
-        small = self.inner.profile(f"{name}_small", source) if self._has_inner else None
+        small: dict[str, Any] = {"_target_": "methods.replay.Measured"}
+        if self.inner is not None and self.inner.steps:
+            small = self.inner.profile(f"{name}_small", source)
         return {
             "_target_": "methods.replay.Conditional",
             "name": name,
@@ -66,9 +68,5 @@ class Watched(Rule):
                 [round(self.stood[depth, rank] / tries, DIGITS) for rank in range(ranks)]
                 for depth, tries in sorted(self.tried.items())
             ],
-            "small": small or {"_target_": "methods.replay.Measured"},
+            "small": small,
         }
-
-    @property
-    def _has_inner(self) -> bool:
-        return self.inner is not None and self.inner.steps > 0
