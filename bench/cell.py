@@ -18,13 +18,14 @@ from typing import NoReturn, TypeVar
 from tqdm import tqdm
 
 from bench.acceptance import attempt, broken, drafting
+from bench.answers import keep, read_answers, whole_prompts
 from bench.build import PACKAGES
 from bench.child import ArmJob, Child, run_child
 from bench.config import Config, parse
 from bench.context import run_name, write_context
 from bench.load import Loader, context_of
 from bench.lossless import divergence
-from bench.record import RECORDS, Generation, append_line, read_lines, write_lines
+from bench.record import RECORDS, Generation, append_line
 from bench.replayed import ending
 from bench.score import judge, not_scored
 from bench.task import Prompt, Stopper, cut, encode, load
@@ -88,7 +89,7 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
         with child.charged([job], building=True):
             write_context(Path(job.folder), loader.device, child.job.argv, loader.kernels)
             method = loader.method(config)
-            whole = _whole(Path(job.folder, RECORDS), prompts)
+            whole = whole_prompts(Path(job.folder, RECORDS), prompts)
             arms.append(Arm(job=job, config=config, method=method, whole=whole))
     Block(child, loader, arms, prompts).run()
 
@@ -117,7 +118,7 @@ class Block:
         torn = torn_round([arm.whole for arm in self.arms])
         for arm in self.arms:
             arm.whole.difference_update(torn)
-            _keep(arm.records, arm.whole)
+            keep(arm.records, arm.whole)
         if any(len(arm.whole) < len(self.prompts) for arm in self.arms):
             self._warm_up()
         with self._bar(done=sum(len(arm.whole) for arm in self.arms)) as bar:
@@ -126,7 +127,7 @@ class Block:
                 if arms:
                     self._round(interleaved(arms, number), number, prompt, bar)
         for arm in self.arms:
-            self.child.end(arm.job, ending(arm.config.accept, _read(arm.records)))
+            self.child.end(arm.job, ending(arm.config.accept, read_answers(arm.records)))
 
     def _bar(self, *, done: int) -> "tqdm[NoReturn]":
         return tqdm(
@@ -265,30 +266,10 @@ class Block:
         return len(tokens) + self.task.max_new_tokens <= self.context
 
 
-def _whole(records: Path, prompts: list[Prompt]) -> set[str]:
-    """Prompts all of whose turns are recorded."""
-    turns: dict[str, int] = defaultdict(int)
-    for generation in _read(records):
-        turns[generation.prompt_id] += 1
-    return {p.prompt_id for p in prompts if turns[p.prompt_id] == len(p.turns)}
-
-
-def _keep(records: Path, whole: set[str]) -> None:
-    """Drop the records of rounds that are to be run again, and half a line at the end."""
-    if records.exists():
-        write_lines(records, [g for g in _read(records) if g.prompt_id in whole])
-
-
-def _read(records: Path) -> list[Generation]:
-    if not records.exists():
-        return []
-    return [Generation.parse(values) for values in read_lines(records, torn_tail=True)]
-
-
 def _vanilla(folder: str, arms: Sequence[Arm]) -> Callable[[str], Sequence[Generation]]:
     """Where the baseline's answers to a prompt are: in this round, or in its finished cell."""
     stored = defaultdict(list)
-    for generation in _read(Path(folder, RECORDS)) if folder else []:
+    for generation in read_answers(Path(folder, RECORDS)) if folder else []:
         stored[generation.prompt_id].append(generation)
     own = next((arm.round for arm in arms if arm.job.folder == folder), [])
     return lambda prompt_id: own or stored.get(prompt_id, [])

@@ -31,7 +31,7 @@ def check_random(config: Config) -> None:
 
     One part is enough to call all of it random.
     """
-    model, source = config.model, config.source
+    model = config.model
     parts, family = [], model.family
     while True:
         parts += [family.target, *family.heads.values()]
@@ -50,10 +50,11 @@ def check_random(config: Config) -> None:
     if config.quality is not None:
         raise ValueError("quality must be of a model that was trained, got random weights")
     vocab = check_transformer(model.family.target).vocab_size
-    if source.draw_lengths is None or (source.draw_below or 0) > vocab:
+    task = config.task
+    if task.draw_lengths is None or (task.draw_below or 0) > vocab:
         raise ValueError(
             f"task must draw tokens below {vocab}, such as task=random, for random weights, which "
-            f"have no tokenizer; got {source.name} with draw_below {source.draw_below}"
+            f"have no tokenizer; got {task.name} with draw_below {task.draw_below}"
         )
 
 
@@ -213,3 +214,8 @@ def _vocabulary(folder: Path) -> tuple[object, object] | None:
         return values["model"]["vocab"], added
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} must be a tokenizer: {error!r}") from error
+
+
+def references(config: Config) -> list[Path]:
+    """The dense model that a target is held against, where it is."""
+    return [config.reference] if config.quality is not None and config.quality.kl else []

@@ -154,7 +154,7 @@ class Planner:
             config=config,
             data=data,
             positions=positions,
-            folders=[family.target, *folders, *_references(config)],
+            folders=[family.target, *folders, *check.references(config)],
             calibrated=check.check_calibration(config, drafts=bool(folders)),
             problem=problem,
             asked=asked,
@@ -295,8 +295,3 @@ class Planner:
             self._known[name] = make()
         known: T = self._known[name]
         return known
-
-
-def _references(config: Config) -> list[Path]:
-    """The dense model that a target is held against, where it is."""
-    return [config.reference] if config.quality is not None and config.quality.kl else []

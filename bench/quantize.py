@@ -32,6 +32,7 @@ from bench.record import VANILLA, write_json
 from bench.schemes import DRAFT_SCHEME, LM_HEAD, parse_schemes
 from bench.shards import close, is_finished
 from bench.source import read_file
+from bench.terminal import quality_report
 from bench.text import Evaluation, Text, encode, windows
 from methods.checkpoint import check_transformer, load_transformer
 from methods.values import read_json
@@ -39,7 +40,6 @@ from quant.scheme import Scheme
 
 STORED = "checkpoint"  # the file of conf/quant that reads what was written
 REPORT = "quality.json"
-ERRORS = ("weight_error", "output_error")  # of a layer; the latter by calibrated rounding only
 PARTS = ("target", "small")
 GROUPS = ("model", "quant", "quantizer", "task", "calibration", "quality")
 
@@ -138,7 +138,7 @@ def _work(jobs: Jobs) -> int:
         write_json(planned.job.out / REPORT, report)
         close(planned.job.out)
         state = "finished, nothing was left to do" if report == known else "done"
-        sys.stdout.write(f"{_told(report)}\n{planned.job.out}: {state}\n{planned.run}\n")
+        sys.stdout.write(f"{quality_report(report)}\n{planned.job.out}: {state}\n{planned.run}\n")
     return OK
 
 
@@ -277,25 +277,6 @@ def beside_dense(job: Job, evaluation: Evaluation, text: Text) -> dict[str, Any]
         "perplexity": math.exp(sum(record.nll_nats for _, record in found) / count),
         "kl_nats_per_token": sum(kl) / count if kl else None,
     }
-
-
-def _told(report: Mapping[str, Any]) -> str:
-    """The report in lines."""
-    rows = report["layers"]
-    kinds = [key for key in ERRORS if any(row[key] is not None for row in rows)]
-    lines = [f"{'layer':<24}" + "".join(f"{key.replace('_', ' '):>14}" for key in kinds)]
-    for row in rows:
-        errors = (row[key] for key in kinds)
-        shown = "".join(f"{'' if e is None else f'{e:.3e}':>14}" for e in errors)
-        lines.append(f"{row['layer']:<24}{shown}")
-    if "perplexity" in report:
-        lines.append(
-            f"perplexity {report['perplexity']:.4f}, dense {report['dense_perplexity']:.4f} "
-            f"({report['tokens']} tokens of {report['text']})"
-        )
-    if report.get("kl_nats_per_token") is not None:
-        lines.append(f"KL(dense || new) {report['kl_nats_per_token']:.3e} nats per token")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

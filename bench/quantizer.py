@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from bench.shards import Shards, write_tensors
 from methods.architecture import EMBEDDING, stored_tensors
-from methods.checkpoint import Packer, check_transformer, require_dense
+from methods.checkpoint import check_transformer, require_dense
+from methods.packer import Packer
 from methods.quantize import BlockQuantizer, Rounded, published
 from methods.rotated import FINAL_NORM, OUTPUT, Rotated
 from methods.transformer import Shape

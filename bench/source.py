@@ -65,14 +65,9 @@ class Source:
     hub: str | None  # id on the hub, or a folder that `datasets` can read
     hub_config: str | None
     hub_split: str | None
-    # Rows drawn instead of read: prompts of these many random token ids, each below a bound.
-    draw_lengths: list[int] | None = None
-    draw_below: int | None = None
 
     def rows(self) -> list[Row]:
-        """Read all rows, or draw them; ValueError where there is no file, or no data set."""
-        if self.draw_lengths is not None:
-            return self._drawn(self.draw_lengths)
+        """Read all rows; ValueError where there is no file, or no data set."""
         if self.path is not None:
             base = ROOT if self.data_dir is None else Path(self.data_dir).expanduser()
             path = base / Path(self.path).expanduser()
@@ -88,19 +83,17 @@ class Source:
             raise ValueError(f"task {self.name}: hub_split must be given where hub is, got null")
         return read_hub(self.hub, config=self.hub_config, split=self.hub_split)
 
-    def _drawn(self, lengths: list[int]) -> list[Row]:
-        """Draw the text of each prompt, which is the numbers of its tokens."""
-        if not lengths or min(lengths) < 1 or (self.draw_below or 0) < 1:
-            raise ValueError(
-                f"task {self.name}: draw_lengths and draw_below must be 1 or more, got {lengths} "
-                f"and {self.draw_below}"
-            )
-        generators = [random.Random(f"{self.name}/{i}") for i in range(len(lengths))]
-        texts = [
-            " ".join(str(generator.randrange(self.draw_below or 0)) for _ in range(length))
-            for generator, length in zip(generators, lengths, strict=True)
-        ]
-        return [Row(place=f"{self.name}:{i}", values={"text": t}) for i, t in enumerate(texts, 1)]
+
+def draw(name: str, lengths: list[int], *, below: int) -> list[Row]:
+    """Draw the text of prompts of so many tokens, which is the numbers of their tokens.
+
+    name: what the draws depend on, besides a prompt's place.
+    """
+    texts = []
+    for i, length in enumerate(lengths):
+        generator = random.Random(f"{name}/{i}")
+        texts.append(" ".join(str(generator.randrange(below)) for _ in range(length)))
+    return [Row(place=f"{name}:{i}", values={"text": text}) for i, text in enumerate(texts, 1)]
 
 
 def read_file(path: Path) -> list[Row]:

@@ -21,7 +21,7 @@ from jinja2.exceptions import TemplateError
 
 from bench.build import ROOT, named_node
 from bench.score import Scorer, Unscored
-from bench.source import Row, Source, spread
+from bench.source import Row, Source, draw, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +53,8 @@ class Prompt:
 class Task(Source):
     """Where prompts come from, what the model reads, and when it is stopped."""
 
+    draw_lengths: list[int] | None  # rows are not read but drawn: random tokens, as many as these
+    draw_below: int | None  # ids that are drawn are below it
     prompt_key: str  # a string, or a list of strings (turns)
     id_key: str | None  # None = <name>/<row from 0>
     category_key: str | None  # None = the task's name
@@ -86,6 +88,11 @@ class Task(Source):
             raise ValueError("system and answer_prefix must be empty where form is plain")
         if not self.reference_keys and not isinstance(self.scorer, Unscored):
             raise ValueError("reference_keys must be given where answers are scored")
+        if self.draw_lengths is not None and min(self.draw_below or 0, *self.draw_lengths, 1) < 1:
+            raise ValueError(
+                "draw_lengths and draw_below must be 1 or more, got "
+                f"{list(self.draw_lengths)} and {self.draw_below}"
+            )
         if "" in self.stop:
             raise ValueError(f"stop must not contain an empty string, got {list(self.stop)}")
 
@@ -143,7 +150,8 @@ class Stopper:
 
 def load(task: Task) -> list[Prompt]:
     """Read a task's prompts, in the order of the data; a limit spreads them over categories."""
-    rows = task.rows()
+    drawn, below = task.draw_lengths, task.draw_below or 0
+    rows = task.rows() if drawn is None else draw(task.name, drawn, below=below)
     if not rows:
         raise ValueError(f"task {task.name}: the data must have a prompt or more, got none")
     preamble = _preamble(task)

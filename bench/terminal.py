@@ -1,6 +1,7 @@
 """What a terminal shows: the main table, and the price of every scheme."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bench.page import Group
 from bench.record import VANILLA
@@ -8,6 +9,8 @@ from bench.rows import CellRow, CostRow, QualityRow
 
 CELL_HEAD = ["scheme", "method", "tok/s", "speed-up", "tau", "same tokens", "status"]
 QUALITY_HEAD = ["scheme", "perplexity", "over dense", "KL nats", "same top-1", "status"]
+
+ERRORS = ("weight_error", "output_error")  # of a layer; the latter by calibrated rounding only
 
 
 def cell_table(rows: Sequence[CellRow]) -> str:
@@ -62,6 +65,25 @@ def cost_table(rows: Sequence[CostRow]) -> str:
             lines.append(f"A proposal of n tokens after {context}:")
             lines += [*_aligned(table, right=(2, 3, 4)), ""]
     return "".join(f"{line}\n" for line in lines)
+
+
+def quality_report(report: Mapping[str, Any]) -> str:
+    """Give what a quantisation reports: every layer's errors, then perplexity."""
+    rows = report["layers"]
+    kinds = [key for key in ERRORS if any(row[key] is not None for row in rows)]
+    lines = [f"{'layer':<24}" + "".join(f"{key.replace('_', ' '):>14}" for key in kinds)]
+    for row in rows:
+        errors = (row[key] for key in kinds)
+        shown = "".join(f"{'' if e is None else f'{e:.3e}':>14}" for e in errors)
+        lines.append(f"{row['layer']:<24}{shown}")
+    if "perplexity" in report:
+        lines.append(
+            f"perplexity {report['perplexity']:.4f}, dense {report['dense_perplexity']:.4f} "
+            f"({report['tokens']} tokens of {report['text']})"
+        )
+    if report.get("kl_nats_per_token") is not None:
+        lines.append(f"KL(dense || new) {report['kl_nats_per_token']:.3e} nats per token")
+    return "\n".join(lines)
 
 
 def _milliseconds(row: CostRow) -> str:

@@ -58,21 +58,28 @@ class Watched(Rule):
         self.tried.update(depth for depth, node in enumerate(path, start=1) if node in parents)
         self.stood.update((depth, ranks[node]) for depth, node in enumerate(path) if depth)
 
+    @property
+    def tau(self) -> float:
+        """Tokens per step that drafted, bonus included."""
+        return self.tokens / self.steps
+
     def profile(self, name: str, source: str) -> dict[str, Any]:
         """Give what was counted as a node of conf/accept; ValueError where nothing was drafted."""
         if not self.steps:
             raise ValueError(f"{name}: a profile needs steps that drafted, got none")
         ranks = 1 + max((rank for _, rank in self.stood), default=0)
-        inner = self.inner
-        small = inner.profile(f"{name}_small", source) if inner and inner.steps else None
+        small: dict[str, Any] = {"_target_": "methods.replay.Measured"}
+        if self.inner is not None and self.inner.steps:
+            small = self.inner.profile(f"{name}_small", source)
         return {
             "_target_": "methods.replay.Conditional",
             "name": name,
-            "source": f"{source}; {self.steps} steps",
-            "tau": round(self.tokens / self.steps, DIGITS),
+            "source": f"{source}; {self.tau:.3f} tokens per step over {self.steps} steps",
+            # Replayed text is nobody's: its trees have other shapes, and so another tau.
+            "tau": None,
             "conditional": [
                 [round(self.stood[depth, rank] / tries, DIGITS) for rank in range(ranks)]
                 for depth, tries in sorted(self.tried.items())
             ],
-            "small": small or {"_target_": "methods.replay.Measured"},
+            "small": small,
         }

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from methods.checkpoint import Packer, load_lm_head
+from methods.checkpoint import load_lm_head
 from methods.grow import Head
 from methods.head import EAGLE, FLOATS, HeadFiles, open_head
 from methods.head_shapes import EAGLE2_PREFIX as PREFIX
 from methods.head_shapes import EMBEDDING, FC_BIAS, LM_HEAD, eagle2_shapes
+from methods.packer import Packer
 from methods.recipe import Family, Parts
 from methods.rotation import Rotation, is_norm_folded, read_rotation
 from methods.transformer import Block, Shape

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from methods.architecture import FUSED, QKV
-from methods.checkpoint import Packer
 from methods.grow import Head
 from methods.head import EAGLE3, FLOATS, HeadFiles, open_head
 from methods.head_shapes import EAGLE3_EMBEDDING_NORM as EMBEDDING_NORM
 from methods.head_shapes import EAGLE3_PREFIX as PREFIX
 from methods.head_shapes import EMBEDDING, KEPT, OFFSETS, eagle3_shapes
 from methods.norm import RMSNorm
+from methods.packer import Packer
 from methods.recipe import Family, Parts
 from methods.rotation import Rotation, read_rotation
 from methods.transformer import MLP, Attention, Shape

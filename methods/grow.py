@@ -206,9 +206,9 @@ class TreeDrafter(Drafter):
         )
         for step in range(self.depth - 1):
             positions = (base + m + step).repeat(k)
-            hidden = self.head(
-                level.tokens, level.hidden, positions, self.kv, level.ancestors, base=base
-            )
+            # Padded to one depth, so that all levels are read by one compiled kernel.
+            ancestors = F.pad(level.ancestors, (0, self.depth - 1 - step), value=-1)
+            hidden = self.head(level.tokens, level.hidden, positions, self.kv, ancestors, base=base)
             scores, tokens = self._best(hidden)
             paths = (level.scores[:, None] + scores).flatten()
             pool_scores.append(paths)

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.architecture import FUSED, GATE_UP, QKV
-from methods.checkpoint import Packer
 from methods.kv import KVCache
 from methods.norm import RMSNorm
+from methods.packer import Packer
 from methods.transformer import Block, Shape
 from methods.window import window
 from quant.gptq import Hessian

@@ -2,15 +2,17 @@
 
     python -m scripts.acceptance_profile lab_eagle2 method=eagle2 > conf/accept/lab_eagle2.yaml
 
-The first word names the profile, the others are those of `specquant run`. A profile holds for the
-trees it was counted on: replay it with the same method.
+The first word names the profile, the others are those of `specquant run`. Replay it with the same
+method: given a node that has children, it says which of them stands. Tokens per step follow from
+the trees, which the text shapes, and replayed text is nobody's; accept=constant meets a given
+number.
 """
 
 import sys
 from dataclasses import replace
 
+import yaml
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from bench.acceptance import attempt
 from bench.build import ROOT
@@ -36,7 +38,7 @@ def main(name: str, overrides: list[str]) -> str:
     words = " ".join(overrides)
     profile = watched.profile(name, f"measured: {words}")
     head = f"# Replay what was measured by: {words}\n#   specquant run accept={name} {words}\n"
-    return head + OmegaConf.to_yaml(OmegaConf.create(profile))
+    return head + yaml.safe_dump(profile, sort_keys=False, default_flow_style=None, width=100)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ def test_a_cell_without_a_fault_passes_every_check(check: Check) -> None:
     assert states(lines) == dict.fromkeys(
         [
             "target",
+            "weights",
             "kernels",
             "method",
             "tokenizer",

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from methods.architecture import DENSE, FUSED, stored_tensors
-from methods.checkpoint import Packer, build_transformer, check_transformer
+from methods.checkpoint import build_transformer, check_transformer
+from methods.packer import Packer
 from methods.transformer import Transformer
 from quant.dense import Dense
 from quant.formats import Spec

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.architecture import EMBEDDING
-from methods.checkpoint import Packer, build_transformer, check_transformer, open_packer
+from methods.checkpoint import build_transformer, check_transformer, open_packer
+from methods.packer import Packer
 from methods.quantize import LAYERS, BlockQuantizer, Rounded, published
 from methods.transformer import Transformer
 from quant.dense import Dense

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from methods.checkpoint import Packer, build_transformer, check_transformer
+from methods.checkpoint import build_transformer, check_transformer
+from methods.packer import Packer
 from methods.rotated import Rotated
 from methods.transformer import Shape, Transformer
 from methods.weights import Weights
