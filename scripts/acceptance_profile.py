@@ -2,10 +2,10 @@
 
     python -m scripts.acceptance_profile lab_eagle2 method=eagle2 > conf/accept/lab_eagle2.yaml
 
-The first word names the profile, the others are those of `specquant run`. Replay it with the same
-method: given a node that has children, it says which of them stands. Tokens per step follow from
-the trees, which the text shapes, and replayed text is nobody's; accept=constant meets a given
-number.
+The first word names the profile, the others are those of `specquant run`. Replay it with the
+same method: it says which child of a node stands, where a node has children. Tokens per step follow
+from the trees, and replayed text, which is nobody's, shapes others; accept=constant meets a
+given number.
 """
 
 import sys
