@@ -10,12 +10,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.record import STAGES, Cost, Generation
+from bench.record import Cost, Generation
 
 # The stages charged to a method: everything after the target has read the prompt. The drafter's
 # own reading of the prompt is in, because without the method nobody would have paid for it.
 CHARGED = ("draft_prefill", "host", "draft", "verify", "commit")
 # What repeats with every step; the drafter's own reading of the prompt is left out.
+# What the device does: all stages but host and stop.
+WORK = ("prefill", "draft_prefill", "draft", "verify", "commit")
 DECODE = ("host", "draft", "verify", "commit")
 # What a user waits for: the target's reading of the prompt is in.
 REQUEST = ("prefill", *CHARGED)
@@ -115,9 +117,9 @@ def stage_shares(generations: Sequence[Generation]) -> dict[str, float]:
 
 
 def host_gap_share(generations: Sequence[Generation]) -> float | None:
-    """Share of the wall time, begin to last commit, that no stage covers."""
+    """Share of the wall time, begin to last commit, in which the device waited for the host."""
     wall = math.fsum(g.wall_s for g in generations)
-    return ratio(wall - seconds(generations, STAGES), wall)
+    return ratio(wall - seconds(generations, WORK), wall)
 
 
 def mean_context(generations: Sequence[Generation]) -> float | None:
