@@ -133,6 +133,13 @@ class TreeDrafter(Drafter):
         """The root alone where a feature lacks."""
         return (1, self.nodes)
 
+    @property
+    def _most_fresh(self) -> int:
+        """Pairs that steps leave unread: a whole path and its bonus, then, below another model, the
+        bonus of that and the token of the step that reads it.
+        """
+        return self.depth + 3
+
     def begin(self, state: State) -> None:
         """Read the prompt's pairs but the newest, which every proposal reads itself."""
         self.kv.rewind(0)
@@ -140,7 +147,7 @@ class TreeDrafter(Drafter):
 
     def warm_up(self, features: int) -> None:
         """Draft behind every number of pairs that a step may leave unread."""
-        most = self.depth + 2
+        most = self._most_fresh
         rows = torch.zeros(most, features, dtype=self.kv.data.dtype, device=self.device)
         for m in range(1, most + 1):
             self.kv.rewind(0)
@@ -158,7 +165,7 @@ class TreeDrafter(Drafter):
         if last == 0 or len(state.features) < last:
             mark("host")
             return Tree.chain(state.tokens[-1:])
-        if last - self.kv.length > self.depth + 2:
+        if last - self.kv.length > self._most_fresh:
             self._read_pairs(state, end=last - 1)
         start = self.kv.length
         self.kv.reserve(last - start + self.top_k * (self.depth - 1))

@@ -206,7 +206,7 @@ class Replay(Rule):
         branch = (tree.depths * first).max().clamp(max=branches - 1)
         depth = (tree.depths[1:] - 1).clamp(max=depths - 1)
         rank = ranks[1:].clamp(max=ends - 2)
-        own = self._bounds[branch, depth]
+        own = self._bounds[branch.expand_as(depth), depth]  # one number as an index is a sync
         low, high = (own.gather(1, (rank + i)[:, None])[:, 0] for i in (0, 1))
         return low, high
 

@@ -135,14 +135,15 @@ class WeightOnlyLinear(QuantLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply. x: [..., K] -> [..., N]."""
         gathered = x if self.order is None else x.index_select(-1, self.order)
-        return F.linear(gathered, self._opened(x.dtype))
+        return F.linear(gathered, self.opened(x.dtype))
 
     def dequantize(self) -> Tensor:
         """Give the weight as stored, its columns in the order of the inputs. [N, K] float32."""
-        weight = self._opened(torch.float32)
+        weight = self.opened(torch.float32)
         return weight if self.order is None else weight[:, self.order.argsort()]
 
-    def _opened(self, dtype: torch.dtype) -> Tensor:
+    def opened(self, dtype: torch.dtype) -> Tensor:
+        """Give the weight in a dtype, its columns as they are stored. [N, K]."""
         # In place and narrow for as long as it can: fresh pages cost more than the arithmetic.
         steps = self._steps_4() if self.bits == 4 else self._steps_8()
         weight = steps.view(*self.scales.shape, -1).to(dtype)

@@ -10,11 +10,12 @@ from bench.config import parse, resolve
 from bench.load import load_tokenizer
 from bench.plan import Planner
 from bench.preflight import FAILED, inspect
-from bench.record import Cell, Generation, read_json
+from bench.record import Cell, Generation
 from bench.replayed import missed
 from bench.report import main as report
 from bench.task import load
 from methods.replay import Constant, Measured
+from methods.values import read_json
 from tests.bench.tiny import composed, generations
 from tests.family import VOCAB
 from tests.made_up import write_random_family

@@ -19,6 +19,7 @@ from quant.kernels.kernel import Kernel, Rounded
 from quant.kernels.layout import Layout
 from quant.kernels.machine import Machine
 from quant.kernels.table import Table, read_table, table_path, write_table
+from quant.kernels.triton_kernel import TritonKernel
 from quant.pack import unpack_nibbles
 from quant.scheme import KERNELS, QuantLinear, Scheme
 from quant.stacked import StackedLinear
@@ -290,3 +291,34 @@ def test_scales_that_lost_bits_are_restored_and_others_are_not_kept() -> None:
 def test_stacked_layers_name_each_kernel_once() -> None:
     parts = [layer(w4a16()), layer(FP8())]
     assert StackedLinear(parts).kernel == "reference"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [64, 128, -1])
+def test_our_own_layout_opens_to_the_references_bits(symmetric: bool, group_size: int) -> None:
+    pytest.importorskip("triton")
+    scheme = W4A16(group_size=group_size, symmetric=symmetric, range_search=False)
+    weight = torch.randn(128, 512, generator=torch.Generator().manual_seed(0))
+    layer = scheme.layer(scheme.pack(weight))
+    assert TritonKernel().unfit(layer, torch.float16) == ""
+    fitted = TritonKernel().fit(layer, torch.float16)
+    assert fitted.kernel == "triton"
+    assert torch.equal(fitted.dequantize(), layer.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "group_size", "dtype", "message"),
+    [
+        (96, 512, 128, torch.float16, "N in multiples of 64 and K of 256, got N=96, K=512"),
+        (128, 384, 128, torch.float16, "got N=128, K=384"),
+        (128, 512, 32, torch.float16, "group_size 64, 128 or a multiple of 256, got 32"),
+        (128, 512, 128, torch.float32, "dtype=float16 or bfloat16, got torch.float32"),
+    ],
+)
+def test_our_own_kernel_names_what_it_cannot_take(
+    n: int, k: int, group_size: int, dtype: torch.dtype, message: str
+) -> None:
+    scheme = W4A16(group_size=group_size, symmetric=True, range_search=False)
+    layer = scheme.layer(scheme.pack(torch.ones(n, k)))
+    assert message in TritonKernel().unfit(layer, dtype)
+    assert "needs a CUDA device" in TritonKernel().missing(torch.device("cpu"))

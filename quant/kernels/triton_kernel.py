@@ -1,0 +1,107 @@
+"""Our own Triton kernels behind the common interface: so far W4A16 (quant.kernels.w4a16_triton).
+
+A row's bits do not depend on how many rows are read with it, up to as many as the kernel takes; a
+prompt's long chunks are opened to x's dtype and multiplied by cuBLAS.
+"""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quant.kernels.kernel import Kernel, KernelLinear
+from quant.scheme import QuantLinear
+from quant.weight_only import WeightOnlyLinear
+
+if TYPE_CHECKING:
+    from quant.kernels.w4a16_triton import Prepared
+
+CAPABILITY = (9, 0)  # its instructions are Hopper's
+DTYPES = (torch.float16, torch.bfloat16)
+ROWS, COLUMNS = 64, 256  # multiples of N and K
+GROUPS = (64, 128)  # or a multiple of COLUMNS
+
+
+class TritonKernel(Kernel):
+    """Kernels that are compiled by Triton at their first use."""
+
+    name = "triton"
+
+    def missing(self, device: torch.device) -> str:
+        """A Hopper GPU, and Triton."""
+        if device.type != "cuda":
+            return self.told("a CUDA device", device)
+        if find_spec("triton") is None:
+            return self.told("the package triton", "none")
+        found = torch.cuda.get_device_capability(device)
+        if found != CAPABILITY:
+            return self.told("a GPU of compute capability 9.0", f"{found[0]}.{found[1]}")
+        return ""
+
+    def unfit(self, layer: QuantLinear, dtype: torch.dtype) -> str:
+        """Look at the format, then at the kernel's own limits."""
+        if not isinstance(layer, WeightOnlyLinear) or layer.bits != 4:
+            return self.told("4-bit weights and activations as they are", type(layer).__name__)
+        if dtype not in DTYPES:
+            return self.told("dtype=float16 or bfloat16", dtype)
+        n, k = layer.out_features, layer.in_features
+        if n % ROWS or k % COLUMNS:
+            return self.told(f"N in multiples of {ROWS} and K of {COLUMNS}", f"N={n}, K={k}")
+        group = k // layer.scales.shape[1]
+        if group not in GROUPS and group % COLUMNS:
+            return self.told(f"group_size 64, 128 or a multiple of {COLUMNS}", group)
+        return ""
+
+    def fit(self, layer: QuantLinear, dtype: torch.dtype) -> QuantLinear:
+        """Lay a layer out."""
+        assert isinstance(layer, WeightOnlyLinear)
+        return TritonInt4(layer, dtype)
+
+
+class TritonInt4(KernelLinear):
+    """4-bit weights in the kernel's own order."""
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    counters: Tensor
+    order: Tensor | None
+
+    def __init__(self, layer: WeightOnlyLinear, dtype: torch.dtype) -> None:
+        from quant.kernels import w4a16_triton as kernel
+
+        super().__init__(layer, kernel=TritonKernel.name, dtype=dtype)
+        prepared = kernel.prepare(layer.packed, layer.scales, layer.zeros)
+        self.register_buffer("words", prepared.words)
+        self.register_buffer("scales", prepared.scales)
+        self.register_buffer("zeros", prepared.zeros)
+        self.register_buffer("counters", prepared.counters)
+        self.register_buffer("order", layer.order)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply. x: [n, K] -> [n, N]."""
+        from quant.kernels import w4a16_triton as kernel
+
+        x = x if self.order is None else x.index_select(-1, self.order)
+        if len(x) > kernel.MAX_TOKENS:
+            return F.linear(x, self._opened(None).opened(self.dtype))
+        return kernel.matmul(x, self._prepared())
+
+    def reference(self) -> QuantLinear:
+        """Unpack."""
+        return self._opened(self.order)
+
+    def _opened(self, order: Tensor | None) -> WeightOnlyLinear:
+        from quant.kernels import w4a16_triton as kernel
+
+        packed, scales, zeros = kernel.restore(self._prepared())
+        return WeightOnlyLinear(packed, scales, zeros, order, bits=4)
+
+    def _prepared(self) -> "Prepared":
+        from quant.kernels.w4a16_triton import Prepared
+
+        return Prepared(
+            words=self.words, scales=self.scales, zeros=self.zeros, counters=self.counters
+        )
