@@ -22,7 +22,7 @@ from bench.answers import keep, read_answers, whole_prompts
 from bench.build import PACKAGES
 from bench.child import ArmJob, Child, run_child
 from bench.config import Config, parse
-from bench.context import run_name, write_context
+from bench.context import note_graphs, run_name, write_context
 from bench.load import Loader, context_of
 from bench.lossless import divergence
 from bench.record import RECORDS, Generation, append_line
@@ -31,6 +31,7 @@ from bench.score import judge, not_scored
 from bench.task import Prompt, Stopper, cut, encode, load
 from bench.timer import Timer
 from methods.decode import Method, Output, generate
+from methods.graph import GRAPHS
 
 T = TypeVar("T")
 
@@ -173,6 +174,7 @@ class Block:
         )
         if not self._fits(tokens):
             return answer
+        missed = GRAPHS.missed
         self.timer.start()
         output = generate(
             arm.method,
@@ -193,6 +195,7 @@ class Block:
             drafted=output.drafted,
             stage_s=timing.stage_s,
             wall_s=timing.wall_s,
+            uncaptured=GRAPHS.missed - missed,
         )
 
     def _compare(self, arm: Arm, prompt: Prompt) -> None:
@@ -236,6 +239,7 @@ class Block:
             self.child.announce(arm.job, "warm-up")
             with self.child.charged([arm.job], building=False):
                 arm.method.warm_up()
+                note_graphs(Path(arm.job.folder), GRAPHS.captured, GRAPHS.reserved_bytes)
                 limit = min(self.settings.warmup_tokens, self.task.max_new_tokens)
                 tried = [attempt(arm.method, prompt, limit) for prompt in tokens]
                 problem = self._broken(arm, tried)

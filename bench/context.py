@@ -77,6 +77,12 @@ def write_context(
     write_json(path, now)
 
 
+def note_graphs(folder: Path, captured: int, reserved_bytes: int) -> None:
+    """Note in a cell's context.json how many CUDA graphs its process has, and their memory."""
+    graphs = {"captured": captured, "reserved_bytes": reserved_bytes}
+    write_json(folder / CONTEXT, read_json(folder / CONTEXT) | {"graphs": graphs})
+
+
 def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Tell whether timings of two contexts may stand in one cell."""
     keys = ("device", "cpu", "threads", "python", "packages", "kernels")

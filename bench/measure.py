@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bench.record import Cost
 from bench.timer import Timer
 from methods.decode import Method, read_tree
+from methods.fused import fuses
 from methods.graph import GRAPHS, Captured
 from methods.grow import Head
 from methods.kv import KVCache
@@ -63,7 +64,7 @@ def _verify_case(target: Transformer, kv: KVCache, tree: Tree, batch: int) -> Ca
         return (target.logits(taken.hidden),)
 
     # Graphs are for one sequence, as all methods decode; rows of a batch are launched one by one.
-    captured = Captured(read, device=target.device, graphed=batch == 1)
+    captured = Captured(read, device=target.device, graphed=batch == 1 and fuses(kv.data))
     with GRAPHS.warm_up():
         captured(known, tree.tokens, tree.parents)
 

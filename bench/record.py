@@ -79,6 +79,7 @@ class Generation(Record):
     stage_s: dict[str, list[float]] = field(default_factory=dict)
     wall_s: float = 0.0  # begin to last commit, by one clock outside all stages
     arm_order: int = 0  # place of this arm among the block's arms in this round
+    uncaptured: int = 0  # device calls that no CUDA graph had been captured for; 0 on a CPU
     run: str = ""  # of the process that decoded it: arms of one run are neighbours in time
     # First difference from vanilla of the same block, where there is one.
     divergence: dict[str, float] | None = None  # index, token, vanilla_token, gap_nats

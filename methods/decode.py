@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from methods.fused import ancestry, commit, walk
+from methods.fused import ancestry, commit, fuses, walk
 from methods.graph import GRAPHS, Captured
 from methods.kv import KVCache
 from methods.transformer import Read, Transformer
@@ -99,8 +99,11 @@ class Method:
             device=target.device,
         )
         self.cached: list[int] = []
-        self._verify = Captured(self._verified, device=target.device, graphed=rule.graphed)
-        self._commit = Captured(self._committed, device=target.device)
+        graphed = fuses(target.embedding)
+        self._verify = Captured(
+            self._verified, device=target.device, graphed=graphed and rule.graphed
+        )
+        self._commit = Captured(self._committed, device=target.device, graphed=graphed)
 
     def warm_up(self, *, unread: int = 0) -> None:
         """Capture every forward of a step as a graph, where there is a GPU; forget everything.

@@ -14,6 +14,11 @@ from methods.kernels import reference
 from quant.grid import Tokens
 
 
+def fuses(x: Tensor) -> bool:
+    """Whether kernels compute in x's dtype where it lies; float64 is for oracles, in torch."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
 def attend(
     queries: Tensor, cache: Tensor, base: Tensor, scratch: int, *, ancestors: Tensor | None
 ) -> Tensor:
@@ -33,7 +38,7 @@ def attend(
     assert queries.is_contiguous()
     assert cache.stride(3) == 1
     assert ancestors is None or (ancestors.dtype == torch.int32 and ancestors.is_contiguous())
-    if queries.is_cuda:
+    if fuses(queries):
         from methods.kernels import attention
 
         return attention.attend(queries, cache, base, scratch, ancestors=ancestors)
@@ -64,7 +69,7 @@ def rope_write(
     assert cos.is_contiguous()
     assert sin.is_contiguous()
     assert cache.stride(3) == 1
-    if qkv.is_cuda:
+    if fuses(qkv):
         from methods.kernels import rope_write as kernel
 
         return kernel.rope_write(
@@ -81,7 +86,7 @@ def add_norm(
     """Add, round to the dtype, then norm: the normed sum and the sum. x, residual: [n, D]."""
     assert x.is_contiguous()
     assert residual is None or residual.is_contiguous()
-    if x.is_cuda:
+    if fuses(x):
         from methods.kernels import norm
 
         return norm.add_norm(x, residual, weight, eps)
@@ -94,7 +99,7 @@ def add_norm_round(
     """Give what `add_norm` gives, the normed sum rounded to int8 as `round_tokens` does."""
     assert x.is_contiguous()
     assert residual is None or residual.is_contiguous()
-    if x.is_cuda:
+    if fuses(x):
         from methods.kernels import norm
 
         return norm.add_norm_round(x, residual, weight, eps)
@@ -104,7 +109,7 @@ def add_norm_round(
 def silu_mul(gate_up: Tensor) -> Tensor:
     """Gate one half by the other. [n, 2I], the gate first -> [n, I]."""
     assert gate_up.is_contiguous()
-    if gate_up.is_cuda:
+    if fuses(gate_up):
         from methods.kernels import gate
 
         return gate.silu_mul(gate_up)
@@ -118,7 +123,7 @@ def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     assert logits.is_contiguous()
     assert 1 <= k <= logits.shape[1]
-    if logits.is_cuda:
+    if fuses(logits):
         from methods.kernels import best as kernel
 
         return kernel.best(logits, k)
@@ -128,7 +133,7 @@ def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def argmax(logits: Tensor) -> Tensor:
     """Take the first of each row's best. [m, V] -> [m] int64."""
     assert logits.is_contiguous()
-    if logits.is_cuda:
+    if fuses(logits):
         from methods.kernels import best as kernel
 
         return kernel.argmax(logits)
@@ -149,10 +154,11 @@ def ancestry(parents: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def walk(tokens: Tensor, parents: Tensor, picked: Tensor) -> Tensor:
-    """Accept as `methods.verify.accept` does, into one tensor. All: [n] int64 -> [1 + 2n] int64.
+    """Keep the longest path on which every token is the one picked at its parent.
 
-    The number of nodes on the path; the path, n long; what was picked at each of its nodes, n
-    long. Behind the path's end both are zeros. Siblings' tokens must differ.
+    tokens, parents: [n] int64, of a tree whose siblings differ. picked: [n] int64, the target's own
+    token after each node. Gives one tensor, [1 + 2n] int64: the number of nodes on the path; the
+    path, n long; what was picked at each of its nodes, n long. Behind the path's end both are 0.
     """
     if tokens.is_cuda:
         from methods.kernels import tree

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.decode import PREFILL_CHUNK, Drafter, Mark, State, unmarked
-from methods.fused import best
-from methods.graph import Captured
+from methods.fused import best, fuses
+from methods.graph import GRAPHS, Captured
 from methods.kv import KVCache
 from methods.recipe import Parts
 from methods.rope import Turns
@@ -121,7 +121,8 @@ class TreeDrafter(Drafter):
         self.nodes = nodes
         self.device = parts.target.device
         self.kv = head.cache(parts.context + 2 * nodes + depth * top_k)
-        self._draft = Captured(self._drafted, device=self.device)
+        graphed = fuses(head.embedding)
+        self._draft = Captured(self._drafted, device=self.device, graphed=graphed)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -166,6 +167,7 @@ class TreeDrafter(Drafter):
             mark("host")
             return Tree.chain(state.tokens[-1:])
         if last - self.kv.length > self._most_fresh:
+            GRAPHS.missed += fuses(self.kv.data)  # pairs in such numbers have no graph
             self._read_pairs(state, end=last - 1)
         start = self.kv.length
         self.kv.reserve(last - start + self.top_k * (self.depth - 1))

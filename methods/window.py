@@ -106,7 +106,7 @@ def window(
     """
     n = len(positions)
     kv.reserve(n)
-    if base is not None and kv.data.is_cuda and kv.data.shape[2] == 1:
+    if base is not None and fused.fuses(kv.data) and kv.data.shape[2] == 1:
         return Slots(kv=kv, table=table, positions=positions, base=base, ancestors=ancestors)
     seen = attention.visible(
         ancestors, n=n, length=kv.length, scratch=kv.scratch, device=kv.data.device

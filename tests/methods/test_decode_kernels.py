@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from methods import fused
+from methods.kernels import reference
 from methods.rope import Rope, rotate
-from methods.tree import Tree
-from methods.verify import accept
 from quant.grid import round_tokens
 
 ON_GPU = torch.cuda.is_available()
@@ -237,30 +236,22 @@ def test_a_certain_token_has_no_probability_above_one() -> None:
 @pytest.mark.parametrize("n", [1, 2, 17, 60])
 def test_ancestry_is_that_of_the_tree(n: int) -> None:
     parents = random_parents(n)
-    expected = Tree(tokens=torch.zeros_like(parents), parents=parents)
-    mask, depths, ancestors = tree.ancestry(parents, n)
-    assert torch.equal(mask, expected.mask)
-    assert torch.equal(depths, expected.depths)
-    for node, path in enumerate(ancestors.tolist()):
-        length = int(depths[node]) + 1
-        assert path[:length] == expected.mask[node].nonzero().flatten().tolist()
-        assert path[length:] == [-1] * (n - length)
+    for got, expected in zip(
+        tree.ancestry(parents, n), reference.ancestry(parents.cpu(), n), strict=True
+    ):
+        assert torch.equal(got.cpu(), expected)
 
 
 @kernel
 @pytest.mark.parametrize("n", [1, 2, 17, 60])
-def test_the_walk_accepts_what_verify_accepts(n: int) -> None:
+def test_the_walk_steps_down_as_the_plain_one_does(n: int) -> None:
     parents = random_parents(n)
     # Siblings' tokens differ; a small vocabulary of picks makes every length of path occur.
     tokens = torch.tensor([int((parents[:i] == parents[i]).sum()) for i in range(n)], device=DEVICE)
     for _ in range(5):
         picked = torch.randint(0, 2, (n,), device=DEVICE)
-        expected = accept(Tree(tokens=tokens, parents=parents), picked)
-        path = tree.walk(tokens, parents, picked).tolist()
-        count = path[0]
-        assert path[1 : 1 + count] == expected.nodes
-        assert path[1 + n : 1 + n + count] == expected.tokens
-        assert not any(path[1 + count : 1 + n] + path[1 + n + count :])
+        expected = reference.walk(tokens.cpu(), parents.cpu(), picked.cpu())
+        assert torch.equal(tree.walk(tokens, parents, picked).cpu(), expected)
 
 
 @kernel
