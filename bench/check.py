@@ -175,7 +175,7 @@ def check_prompts(task: Task, lengths: Sequence[int], context: int) -> int:
 def beyond_heads(folders: Sequence[Path], longest: int) -> list[str]:
     """Note the draft heads whose config names fewer positions than a task may reach.
 
-    It is no limit here: the angles of a position are computed, not looked up.
+    It is no limit here: a cache has the angles of every position that it has a slot for.
     """
     notes = []
     for folder in folders:

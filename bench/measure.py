@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from bench.record import Cost
 from bench.timer import Timer
-from methods.decode import Method, read_tree
-from methods.fused import fuses
+from methods.decode import Method
+from methods.fused import attends
 from methods.graph import GRAPHS, Captured
 from methods.grow import Head
 from methods.kv import KVCache
-from methods.transformer import Transformer
+from methods.transformer import Transformer, read_tree
 from methods.tree import Tree
 from quant.scheme import QuantLinear
 
@@ -64,7 +64,7 @@ def _verify_case(target: Transformer, kv: KVCache, tree: Tree, batch: int) -> Ca
         return (target.logits(taken.hidden),)
 
     # Graphs are for one sequence, as all methods decode; rows of a batch are launched one by one.
-    captured = Captured(read, device=target.device, graphed=batch == 1 and fuses(kv.data))
+    captured = Captured(read, device=target.device, graphed=batch == 1 and attends(kv.data))
     with GRAPHS.warm_up():
         captured(known, tree.tokens, tree.parents)
 
@@ -92,7 +92,6 @@ def draft_case(method: Method, tokens: list[int], *, steps: int, stride: int) ->
     Every run proposes `stride` tokens further on, for `steps` states before it starts over, since
     what a smaller model's own method does depends on the text. n and forwards are rounded means.
     """
-    method.warm_up()
     whole = method.prefill(tokens)
     states = []
     for behind in range(stride * (steps - 1), -1, -stride):
@@ -105,8 +104,10 @@ def draft_case(method: Method, tokens: list[int], *, steps: int, stride: int) ->
     def run() -> Tree:
         return method.drafter.propose(next(walk))
 
-    with _counting() as count:
+    with _counting() as count:  # before there are graphs, whose replay calls no module
         nodes = sum(len(run()) for _ in states)
+    method.warm_up()
+    method.prefill(tokens)  # what the states look at is as it was
     record = Cost(
         what="draft",
         n=round(nodes / steps),
@@ -125,13 +126,14 @@ def measure(
     cases: Sequence[Case], *, repeats: int, warmup: int, seed: int, device: torch.device
 ) -> list[Cost]:
     """Time every case `repeats` times, in one shuffled order; give the records, as ordered."""
+    timer = Timer(device)
     for case in cases:
         for _ in range(warmup):
+            timer.start()  # waits, as decoding does before it calls a graph again
             case.run()
     order = [i for i in range(len(cases)) for _ in range(repeats)]
     random.Random(seed).shuffle(order)
     samples: list[list[float]] = [[] for _ in cases]
-    timer = Timer(device)
     for i in order:
         timer.start()
         cases[i].run()

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from methods.fused import ancestry, commit, fuses, walk
+from methods.fused import attends, commit, walk
 from methods.graph import GRAPHS, Captured
-from methods.kv import KVCache
-from methods.transformer import Read, Transformer
+from methods.transformer import Transformer, read_tree
 from methods.tree import Tree
 from methods.verify import Rule
 
@@ -65,9 +64,17 @@ class Drafter(ABC):
         """The largest tree it proposes, root included."""
         return max(self.widths)
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that a step may give: the longest path, its end's bonus for the root."""
+        return self.max_nodes
+
     @abstractmethod
-    def warm_up(self, features: int) -> None:
-        """Call what it captures in every shape (methods.graph). features: F of a state."""
+    def warm_up(self, features: int, *, unread: int) -> None:
+        """Call what it captures in every shape (methods.graph).
+
+        features: F of a state. unread: as of `Method.warm_up`.
+        """
 
     @abstractmethod
     def begin(self, state: State) -> None:
@@ -99,7 +106,7 @@ class Method:
             device=target.device,
         )
         self.cached: list[int] = []
-        graphed = fuses(target.embedding)
+        graphed = attends(self.kv.data)
         self._verify = Captured(
             self._verified, device=target.device, graphed=graphed and rule.graphed
         )
@@ -111,7 +118,7 @@ class Method:
         unread: decided tokens that may ride along with a tree, as they do after `resume`.
         """
         with GRAPHS.warm_up():
-            self.drafter.warm_up(self.features.shape[1])
+            self.drafter.warm_up(self.features.shape[1], unread=unread)
             for n in self.drafter.widths:
                 for behind in range(unread + 1):
                     self.kv.rewind(0)
@@ -221,26 +228,6 @@ class Method:
     def _require_room(self, tokens: list[int]) -> None:
         if not 1 <= len(tokens) <= self.context:
             raise ValueError(f"a state must have 1 to {self.context} tokens, got {len(tokens)}")
-
-
-def read_tree(
-    target: Transformer,
-    kv: KVCache,
-    base: Tensor,
-    tokens: Tensor,
-    parents: Tensor,
-    *,
-    taps: tuple[int, ...] = (),
-) -> tuple[Read, Tensor]:
-    """Read a tree behind what is decided, and leave the scratch as if nothing had been read.
-
-    base: [1] int64, the decided length. tokens: [B, n]; parents: [n], as of a `Tree`. Gives what
-    was read, and the depths of the nodes, [n].
-    """
-    _, depths, ancestors = ancestry(parents, len(parents))
-    read = target(tokens, base + depths, kv, ancestors, taps=taps, base=base)
-    kv.scratch = 0
-    return read, depths
 
 
 @dataclass(frozen=True, kw_only=True)

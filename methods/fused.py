@@ -19,6 +19,12 @@ def fuses(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64
 
 
+def attends(cache: Tensor) -> bool:
+    """Whether `rope_write` and `attend` take a cache, [..., d], as kernels."""
+    dim = cache.shape[-1]
+    return fuses(cache) and dim & (dim - 1) == 0
+
+
 def attend(
     queries: Tensor, cache: Tensor, base: Tensor, scratch: int, *, ancestors: Tensor | None
 ) -> Tensor:

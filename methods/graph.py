@@ -2,8 +2,10 @@
 
 A decoder launches hundreds of small kernels a token; launched one by one from Python they take
 longer than they run. A graph launches all of them at once. It reads its inputs at fixed addresses
-and writes its outputs at fixed ones, so calls copy in, and what a call returns stands until the
-next. Elsewhere than on a GPU, or when told to, a function simply runs.
+and writes its outputs at fixed ones, so calls copy in, and what a call returns stands only until a
+graph that was captured earlier is replayed, or this one again. So within a step graphs are replayed
+in the order in which they were captured. Elsewhere than on a GPU, or when told to, a function
+simply runs.
 """
 
 from collections.abc import Callable, Iterator
@@ -57,7 +59,8 @@ class _Graph:
             if given.is_cuda:
                 fixed.copy_(given)
             else:
-                # The copy reads pinned memory later: whoever calls again has waited since.
+                # The copy reads pinned memory later: whoever calls again must have waited since, as
+                # a step does for its tokens.
                 assert staged is not None
                 staged.copy_(given)
                 fixed.copy_(staged, non_blocking=True)

@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.decode import PREFILL_CHUNK, Drafter, Mark, State, unmarked
-from methods.fused import best, fuses
+from methods.fused import attends, best
 from methods.graph import GRAPHS, Captured
 from methods.kv import KVCache
 from methods.recipe import Parts
-from methods.rope import Turns
 from methods.transformer import Shape
 from methods.tree import Tree
 from methods.window import Window, window
@@ -40,7 +39,6 @@ class Head(nn.Module, ABC):
         self.shape = shape
         self.taps = taps
         self.register_buffer("embedding", embedding)
-        self.turns = Turns(shape.rope, shape.head_dim, shape.max_positions)
 
     @abstractmethod
     def enter(self, features: Tensor) -> Tensor:
@@ -77,8 +75,7 @@ class Head(nn.Module, ABC):
 
         ancestors, base: as in `methods.window`.
         """
-        table = self.turns.table(hidden.dtype, hidden.device)
-        view = window(kv, table, positions, ancestors, base=base)
+        view = window(kv, positions, ancestors, base=base)
         embedded = F.embedding(tokens, self.embedding)
         output = self.layer(embedded[None], hidden[None], view)[0]
         kv.extend(len(tokens))
@@ -93,6 +90,9 @@ class Head(nn.Module, ABC):
             capacity=capacity,
             dtype=self.embedding.dtype,
             device=self.embedding.device,
+            angles=self.shape.rope.table(
+                capacity, self.shape.head_dim, self.embedding.dtype, self.embedding.device
+            ),
         )
 
 
@@ -121,7 +121,8 @@ class TreeDrafter(Drafter):
         self.nodes = nodes
         self.device = parts.target.device
         self.kv = head.cache(parts.context + 2 * nodes + depth * top_k)
-        graphed = fuses(head.embedding)
+        self._most_fresh = depth + 2  # pairs that steps leave unread: a whole path and its bonus
+        graphed = attends(self.kv.data)
         self._draft = Captured(self._drafted, device=self.device, graphed=graphed)
 
     @property
@@ -130,25 +131,24 @@ class TreeDrafter(Drafter):
         return self.head.taps
 
     @property
+    def longest(self) -> int:
+        """A leaf's path."""
+        return self.depth + 1
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """The root alone where a feature lacks."""
         return (1, self.nodes)
-
-    @property
-    def _most_fresh(self) -> int:
-        """Pairs that steps leave unread: a whole path and its bonus, then, below another model, the
-        bonus of that and the token of the step that reads it.
-        """
-        return self.depth + 3
 
     def begin(self, state: State) -> None:
         """Read the prompt's pairs but the newest, which every proposal reads itself."""
         self.kv.rewind(0)
         self._read_pairs(state, end=len(state.tokens) - 2)
 
-    def warm_up(self, features: int) -> None:
+    def warm_up(self, features: int, *, unread: int) -> None:
         """Draft behind every number of pairs that a step may leave unread."""
-        most = self._most_fresh
+        # Below another model a step reads that one's bonus alone, and adds a token.
+        most = self._most_fresh = self.depth + 2 + unread
         rows = torch.zeros(most, features, dtype=self.kv.data.dtype, device=self.device)
         for m in range(1, most + 1):
             self.kv.rewind(0)
@@ -167,7 +167,7 @@ class TreeDrafter(Drafter):
             mark("host")
             return Tree.chain(state.tokens[-1:])
         if last - self.kv.length > self._most_fresh:
-            GRAPHS.missed += fuses(self.kv.data)  # pairs in such numbers have no graph
+            GRAPHS.missed += attends(self.kv.data)  # pairs in such numbers have no graph
             self._read_pairs(state, end=last - 1)
         start = self.kv.length
         self.kv.reserve(last - start + self.top_k * (self.depth - 1))

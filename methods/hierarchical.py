@@ -36,11 +36,11 @@ class HierarchicalDrafter(Drafter):
     @property
     def widths(self) -> range:
         """The root, what is needed, and the rest of the inner step that reached it."""
-        return range(1 + self.min_draft, 1 + self.min_draft + self.method.drafter.max_nodes)
+        return range(1 + self.min_draft, 1 + self.min_draft + self.method.drafter.longest)
 
-    def warm_up(self, features: int) -> None:
-        """The smaller model's own; the last draft and the bonus may ride along."""
-        self.method.warm_up(unread=1)
+    def warm_up(self, features: int, *, unread: int) -> None:
+        """The smaller model's own; after full acceptance its last draft rides along as well."""
+        self.method.warm_up(unread=unread + 1)
 
     def begin(self, state: State) -> None:
         """Let the smaller model and its drafter read the prompt."""

@@ -27,13 +27,17 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         batch: int = 1,
+        angles: tuple[Tensor, Tensor] | None = None,
     ) -> None:
+        """angles: of the positions that may be read, each [S, d]; no position passes its slot."""
         if capacity < 1:
             raise ValueError(f"a cache must have at least 1 slot, got capacity={capacity}")
         self.data = torch.zeros(
             num_layers, 2, batch, num_kv_heads, capacity, head_dim, dtype=dtype, device=device
         )
         self.capacity = capacity
+        # With the cache, since a graph that reads one at its address reads the other as well.
+        self.angles = angles
         self.length = 0
         self.scratch = 0
 

@@ -126,10 +126,10 @@ class BlockQuantizer:
             capacity=n,
             dtype=x.dtype,
             device=x.device,
+            angles=self.shape.rope.table(n, self.shape.head_dim, x.dtype, x.device),
         )
         positions = torch.arange(n, device=x.device)
-        table = self.shape.rope.angles(positions, self.shape.head_dim, x.dtype)
-        view = window(kv, table, positions, None, base=None)
+        view = window(kv, positions, None, base=None)
         _, stream, delta = block(x, None, view, 0)
         out: Tensor = stream + delta
         return out

@@ -140,7 +140,7 @@ def constant_for(tau: float, branch: int) -> float:
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         p = (low + high) / 2
-        tokens = (1 - p ** (branch + 1)) / (1 - p)
+        tokens = (1 - p ** (branch + 1)) / (1 - p) if p < 1 else branch + 1
         low, high = (p, high) if tokens < tau else (low, p)
     return low
 

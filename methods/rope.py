@@ -137,6 +137,12 @@ class Rope:
         plain = 1.0 / self.theta**steps
         return plain if self.scaling is None else self.scaling.stretch(plain, self.theta)
 
+    def table(
+        self, positions: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Give `angles` of the first `positions`, as a cache wants them."""
+        return self.angles(torch.arange(positions, device=device), head_dim, dtype)
+
     def angles(self, positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines, times the attention factor. positions: [n] -> two [n, d]."""
         half = positions.float()[:, None] * self.frequencies(head_dim, positions.device)
@@ -145,22 +151,6 @@ class Rope:
         if self.scaling is not None and self.scaling.attention_factor != 1:
             cos, sin = cos * self.scaling.attention_factor, sin * self.scaling.attention_factor
         return cos.to(dtype), sin.to(dtype)
-
-
-class Turns:
-    """The angles of every position, computed once for each dtype and device that asks."""
-
-    def __init__(self, rope: Rope, head_dim: int, positions: int) -> None:
-        self._rope, self._dim, self._positions = rope, head_dim, positions
-        self._tables: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
-
-    def table(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each [positions, d]."""
-        key = dtype, device
-        if key not in self._tables:
-            positions = torch.arange(self._positions, device=device)
-            self._tables[key] = self._rope.angles(positions, self._dim, dtype)
-        return self._tables[key]
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.fused import silu_mul
+from methods.fused import ancestry, silu_mul
 from methods.kv import KVCache
 from methods.norm import HeadNorm, RMSNorm
-from methods.rope import Rope, Turns
+from methods.rope import Rope
 from methods.window import Window, window
 from quant.scheme import QuantLinear
 
@@ -153,7 +153,6 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
         self.lm_head = lm_head
-        self.turns = Turns(shape.rope, shape.head_dim, shape.max_positions)
 
     @property
     def device(self) -> torch.device:
@@ -175,6 +174,7 @@ class Transformer(nn.Module):
             dtype=self.dtype,
             device=self.device,
             batch=batch,
+            angles=self.shape.rope.table(capacity, self.shape.head_dim, self.dtype, self.device),
         )
 
     @torch.inference_mode()
@@ -195,8 +195,7 @@ class Transformer(nn.Module):
         input of layer i, num_layers the output of the final norm; F = len(taps) * D.
         """
         n = tokens.shape[1]
-        table = self.turns.table(self.dtype, self.device)
-        view = window(kv, table, positions, ancestors, base=base)
+        view = window(kv, positions, ancestors, base=base)
         streams: dict[int, Tensor] = {}
         x, delta = F.embedding(tokens, self.embedding), None
         for layer, block in enumerate(self.blocks):
@@ -239,3 +238,23 @@ class Transformer(nn.Module):
         linear = sum(m.in_features * m.out_features for m in self.linears.values())
         heads = self.shape.num_layers * self.shape.num_heads * self.shape.head_dim
         return 2 * n * linear + 4 * n * heads * (context + n)
+
+
+def read_tree(
+    target: Transformer,
+    kv: KVCache,
+    base: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    *,
+    taps: tuple[int, ...] = (),
+) -> tuple[Read, Tensor]:
+    """Read a tree behind what is decided, and leave the scratch as if nothing had been read.
+
+    base: [1] int64, the decided length. tokens: [B, n]; parents: [n], as of a `Tree`. Gives what
+    was read, and the depths of the nodes, [n].
+    """
+    _, depths, ancestors = ancestry(parents, len(parents))
+    read = target(tokens, base + depths, kv, ancestors, taps=taps, base=base)
+    kv.scratch = 0
+    return read, depths

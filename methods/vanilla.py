@@ -21,7 +21,7 @@ class VanillaDrafter(Drafter):
         """The root alone."""
         return (1,)
 
-    def warm_up(self, features: int) -> None:
+    def warm_up(self, features: int, *, unread: int) -> None:
         """Runs nothing."""
 
     def begin(self, state: State) -> None:

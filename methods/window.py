@@ -22,11 +22,11 @@ from methods.rope import rotate
 class Window(ABC):
     """What every layer of one read has in common.
 
-    table: cosines and sines of every position, each [P, d]. positions: [n] int64.
+    angles: cosines and sines of every position, each [S, d]. positions: [n] int64.
     """
 
     kv: KVCache
-    table: tuple[Tensor, Tensor]
+    angles: tuple[Tensor, Tensor]
     positions: Tensor
 
     @abstractmethod
@@ -56,7 +56,7 @@ class Slices(Window):
         turning = fused[:, :-groups]
         if norm is not None:
             turning = norm(turning)
-        cos, sin = self.table
+        cos, sin = self.angles
         turned = rotate(turning, (cos[self.positions], sin[self.positions]))
         keys, values = self.kv.write(layer, turned[:, -groups:], fused[:, -groups:])
         return attention.attend(turned[:, :-groups], keys, values, self.seen)
@@ -79,7 +79,7 @@ class Slots(Window):
         cache, scratch = self.kv.data[layer, :, 0], self.kv.scratch
         queries = fused.rope_write(
             projected[0],
-            *self.table,
+            *self.angles,
             self.positions,
             cache,
             self.base,
@@ -93,22 +93,22 @@ class Slots(Window):
 
 def window(
     kv: KVCache,
-    table: tuple[Tensor, Tensor],
     positions: Tensor,
     ancestors: Tensor | None,
     *,
     base: Tensor | None,
 ) -> Window:
-    """Open a read of n tokens behind all that is in the cache. table, positions: as in `Window`.
+    """Open a read of n tokens behind all that is in the cache. positions: as in `Window`.
 
     ancestors: [n, depth] int32, the scratch slots of each token's path, itself last, then -1; None
     to read in order. base: [1], the number of decided slots where only the device knows it.
     """
-    n = len(positions)
+    n, angles = len(positions), kv.angles
+    assert angles is not None
     kv.reserve(n)
-    if base is not None and fused.fuses(kv.data) and kv.data.shape[2] == 1:
-        return Slots(kv=kv, table=table, positions=positions, base=base, ancestors=ancestors)
+    if base is not None and fused.attends(kv.data) and kv.data.shape[2] == 1:
+        return Slots(kv=kv, angles=angles, positions=positions, base=base, ancestors=ancestors)
     seen = attention.visible(
         ancestors, n=n, length=kv.length, scratch=kv.scratch, device=kv.data.device
     )
-    return Slices(kv=kv, table=table, positions=positions, seen=seen)
+    return Slices(kv=kv, angles=angles, positions=positions, seen=seen)

@@ -21,7 +21,7 @@ class Scripted(Drafter):
     def widths(self) -> range:
         return range(1, self.depth + 2)
 
-    def warm_up(self, features: int) -> None:
+    def warm_up(self, features: int, *, unread: int) -> None:
         pass
 
     def begin(self, state: State) -> None:

@@ -66,11 +66,15 @@ class Checked(Drafter):
         return self.inner.taps
 
     @property
+    def longest(self) -> int:
+        return self.inner.longest
+
+    @property
     def widths(self) -> Sequence[int]:
         return self.inner.widths
 
-    def warm_up(self, features: int) -> None:
-        self.inner.warm_up(features)
+    def warm_up(self, features: int, *, unread: int) -> None:
+        self.inner.warm_up(features, unread=unread)
 
     def begin(self, state: State) -> None:
         self.inner.begin(state)
@@ -239,3 +243,18 @@ def test_drafts_fit_where_prompt_and_limit_fill_the_context(family: Family) -> N
     expected = generate(plain, PROMPT, limit=20, stop=lambda new: None).token_ids
     method = recipe.method(make_parts(family, context=27))
     assert generate(method, PROMPT, limit=20, stop=lambda new: None).token_ids == expected
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [Eagle2(depth=3, top_k=4, nodes=14), Hierarchical(min_draft=5, inner=Vanilla())],
+    ids=["eagle2", "chain"],
+)
+def test_drafts_may_reach_beyond_the_last_position_of_a_full_context(
+    family: Family, recipe: Recipe
+) -> None:
+    parts = make_parts(family, context=256)  # all positions of the tiny models
+    prompt = [(7 * i) % VOCAB for i in range(226)]
+    expected = generate(Vanilla().method(parts), prompt, limit=30, stop=lambda _: None)
+    found = generate(recipe.method(parts), prompt, limit=30, stop=lambda _: None)
+    assert found.token_ids == expected.token_ids

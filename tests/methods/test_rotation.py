@@ -77,11 +77,15 @@ class Noted(Drafter):
         return self.inner.taps
 
     @property
+    def longest(self) -> int:
+        return self.inner.longest
+
+    @property
     def widths(self) -> Sequence[int]:
         return self.inner.widths
 
-    def warm_up(self, features: int) -> None:
-        self.inner.warm_up(features)
+    def warm_up(self, features: int, *, unread: int) -> None:
+        self.inner.warm_up(features, unread=unread)
 
     def begin(self, state: State) -> None:
         self.inner.begin(state)
