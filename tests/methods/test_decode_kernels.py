@@ -113,13 +113,14 @@ def test_attention_is_that_of_float64(
 
 @kernel
 @pytest.mark.parametrize("dtype", DTYPES if ON_GPU else DTYPES[:1])
-@pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 2, 128), (8, 1, 64), (2, 2, 32)][FEW])
-@pytest.mark.parametrize("length", [520, 250, 60, 1][FEW])
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 1, 64), (2, 2, 32), (8, 2, 128)][FEW])
+@pytest.mark.parametrize("length", [250, 60, 520, 1][FEW])
 def test_a_node_is_bit_equal_alone_in_a_chain_and_in_a_tree(
     heads: int, groups: int, dim: int, dtype: torch.dtype, length: int
 ) -> None:
     n = 23 if ON_GPU else 9
     parents = random_parents(n)
+    bases = {0, length // 2} if ON_GPU else {length - 3}
     paths = fused.ancestry(parents, n)[2]
     queries = draw(n, heads, dim, dtype=dtype)
     cache = draw(2, groups, length + n, dim, dtype=dtype)
@@ -128,7 +129,7 @@ def test_a_node_is_bit_equal_alone_in_a_chain_and_in_a_tree(
         path = paths[node][paths[node] >= 0].long()
         line = torch.cat([torch.arange(length, device=DEVICE), length + path])
         decided = cache[:, :, line].contiguous()
-        for base in {0, length // 2, length, len(line) - 1}:
+        for base in bases | {length, len(line) - 1}:
             rest = len(line) - base  # read in order: all in one pass, and the last one alone
             chain = torch.cat([draw(rest - 1, heads, dim, dtype=dtype), queries[node, None]])
             one = attention.attend(chain, decided, base_of(base), 0, ancestors=None)[-1]
