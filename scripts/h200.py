@@ -64,6 +64,9 @@ ROUNDS = (
 
 def main() -> int:
     """Run the cases that are named, or all; then write the tables of all that is recorded."""
+    if len(sys.argv) < 2:
+        sys.stderr.write(f"usage: python -m scripts.h200 <folder> [{' | '.join(CASES)}]\n")
+        return 2
     out, *names = sys.argv[1:]
     unknown = set(names) - CASES.keys()
     if unknown:

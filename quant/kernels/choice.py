@@ -6,9 +6,9 @@ this machine; of a layer that nobody measured, the first in this order that take
     humming > triton > torch > reference
 
 That is the order of their times on an H200 for 1 to 64 tokens (Llama-3-70B's four layers, LOG.md):
-humming leads in every quantised format that it computes but w4a16 at 2 to 32 tokens, where our own
-Triton kernel is ahead by up to a quarter, behind by as much at 48 to 64, and never depends on how
-many tokens are read; tinygemm keeps up at one token and takes 15 times as long at 64. Dense layers
+humming leads in every quantised format that it computes but w4a16 at 16 to 32 tokens, where our own
+Triton kernel is ahead by a sixth, behind by a fifth at 48 to 64, and never depends on how many
+tokens are read; tinygemm keeps up at one token and takes 15 times as long at 64. Dense layers
 are cuBLAS's.
 """
 
