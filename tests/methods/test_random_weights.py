@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from bench.build import ROOT, build
-from methods.packer import ROWS, check_transformer
+from methods.checkpoint import check_transformer
+from methods.packer import ROWS
 from methods.random_weights import RandomShard
 from methods.recipe import Family, Recipe
 from methods.vanilla import Vanilla
