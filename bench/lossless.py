@@ -55,5 +55,5 @@ def next_logits(target: Transformer, tokens: list[int]) -> Tensor:
         chunk = torch.tensor([tokens[start : start + PREFILL_CHUNK]], device=target.device)
         positions = torch.arange(start, start + chunk.shape[1], device=target.device)
         hidden = target(chunk, positions, kv).hidden
-        kv.commit(range(chunk.shape[1]))
+        kv.advance(chunk.shape[1])
     return target.logits(hidden[0, -1:]).float()[0]

@@ -49,7 +49,7 @@ def verify_cases(
         kv = target.cache(context + max(widths), batch=batch)
         rows = torch.tensor([list(tokens[:context])] * batch, device=target.device)
         target(rows, torch.arange(context, device=target.device), kv)
-        kv.commit(range(context))
+        kv.advance(context)
         for n in widths:
             tree = random_tree(n, target.shape.vocab_size, seed=seed, device=target.device)
             yield _verify_case(target, kv, tree, batch)

@@ -125,7 +125,7 @@ class Method:
                     known = torch.zeros(2 + behind, dtype=torch.int64)
                     tree = Tree.chain([0] * n)
                     path, features = self._verify(known, tree.tokens, tree.parents)
-                    if n > 1 or self.features.shape[1]:
+                    if self._moves(n):
                         self._commit(known, path, features)
         self.kv.rewind(0)
         self.cached = []
@@ -171,7 +171,7 @@ class Method:
         mark("draft")
         path, features = self._verify(known, tree.tokens, tree.parents)
         mark("verify")
-        if len(tree) > 1 or self.features.shape[1]:  # else all stands in place already
+        if self._moves(len(tree)):
             self._commit(known, path, features)
         count, *rest = path.tolist()  # sync: the only one of a step
         mark("commit")
@@ -208,6 +208,10 @@ class Method:
         tree = Tree(tokens=tokens, parents=parents)
         picked = self.rule.choose(tree, logits, base + depths[u:] + 1, seed=seed)
         return walk(tokens, parents, picked), read.features[0]
+
+    def _moves(self, n: int) -> bool:
+        """Whether a step over n nodes has anything to move: a root alone stands in place."""
+        return n > 1 or self.features.shape[1] > 0
 
     def _committed(self, known: Tensor, path: Tensor, features: Tensor) -> tuple[Tensor, ...]:
         """Move what stands to where it belongs. Arguments as `_verified` has and gives them."""

@@ -3,8 +3,6 @@
 Letters: L layers, B batch, H key-value heads, S slots, n tokens read at once, d head dimension.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ class KVCache:
     """Keys and values of every layer, in one tensor [L, 2, B, H, S, d].
 
     Slots [0, length) are decided; the next `scratch` are drafts. A model writes scratch only;
-    `commit` and `rewind` move the line between the two. Rejected drafts are overwritten, never
+    `advance` and `rewind` move the line between the two. Rejected drafts are overwritten, never
     erased: a memset costs more than the mask.
     """
 
@@ -67,22 +65,11 @@ class KVCache:
         """Count n tokens that every layer has written as scratch."""
         self.scratch += n
 
-    def commit(self, nodes: Sequence[int]) -> None:
-        """Keep these scratch slots, in order, as decided; forget the rest.
-
-        nodes: increasing indices into the scratch slots.
-        """
-        assert not nodes or nodes[-1] < self.scratch
-        moved = next((i for i, node in enumerate(nodes) if node != i), len(nodes))
-        if moved < len(nodes):  # what stands in place already need not move
-            index = torch.tensor(nodes[moved:], device=self.data.device) + self.length
-            start = self.length + moved
-            self.data[..., start : start + len(index), :] = self.data[..., index, :]
-        self.length += len(nodes)
-        self.scratch = 0
-
     def advance(self, count: int) -> None:
-        """Count `count` slots behind the decided ones, in order already, as decided too."""
+        """Count the next `count` slots as decided too; forget the rest of scratch.
+
+        Drafts that are kept but do not stand in order are moved there first (`fused.commit`).
+        """
         assert self.length + count <= self.capacity
         self.length += count
         self.scratch = 0

@@ -20,14 +20,9 @@ from methods.rope import rotate
 
 @dataclass(frozen=True, kw_only=True)
 class Window(ABC):
-    """What every layer of one read has in common.
-
-    angles: cosines and sines of every position, each [S, d]. positions: [n] int64.
-    """
+    """What every layer of one read has in common."""
 
     kv: KVCache
-    angles: tuple[Tensor, Tensor]
-    positions: Tensor
 
     @abstractmethod
     def attend(
@@ -41,8 +36,13 @@ class Window(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Slices(Window):
-    """Slices of the cache. seen: [n, S] as `visible` gives it."""
+    """Slices of the cache.
 
+    rotation: cosines and sines of the new tokens' positions, each [n, d]. seen: [n, S] as `visible`
+    gives it.
+    """
+
+    rotation: tuple[Tensor, Tensor]
     seen: Tensor | None
 
     def attend(
@@ -56,8 +56,7 @@ class Slices(Window):
         turning = fused[:, :-groups]
         if norm is not None:
             turning = norm(turning)
-        cos, sin = self.angles
-        turned = rotate(turning, (cos[self.positions], sin[self.positions]))
+        turned = rotate(turning, self.rotation)
         keys, values = self.kv.write(layer, turned[:, -groups:], fused[:, -groups:])
         return attention.attend(turned[:, :-groups], keys, values, self.seen)
 
@@ -66,9 +65,12 @@ class Slices(Window):
 class Slots(Window):
     """Slots behind a length that only the device knows; batch 1.
 
-    base: [1] int64, the number of decided slots. ancestors: as `window` takes them.
+    angles: cosines and sines of every position, each [S, d]. positions: [n] int64, of the new
+    tokens. base: [1] int64, the number of decided slots. ancestors: as `window` takes them.
     """
 
+    angles: tuple[Tensor, Tensor]
+    positions: Tensor
     base: Tensor
     ancestors: Tensor | None
 
@@ -98,7 +100,7 @@ def window(
     *,
     base: Tensor | None,
 ) -> Window:
-    """Open a read of n tokens behind all that is in the cache. positions: as in `Window`.
+    """Open a read of n tokens behind all that is in the cache. positions: [n] int64.
 
     ancestors: [n, depth] int32, the scratch slots of each token's path, itself last, then -1; None
     to read in order. base: [1], the number of decided slots where only the device knows it.
@@ -111,4 +113,5 @@ def window(
     seen = attention.visible(
         ancestors, n=n, length=kv.length, scratch=kv.scratch, device=kv.data.device
     )
-    return Slices(kv=kv, angles=angles, positions=positions, seen=seen)
+    cos, sin = angles
+    return Slices(kv=kv, rotation=(cos[positions], sin[positions]), seen=seen)

@@ -16,13 +16,14 @@ import csv
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from bench import metrics
 from bench.kernel_timing import copy_tb_per_s
+from bench.record import VANILLA, Generation
 from bench.results import CellResult, load
 
 WIDTHS = "1,4,8,16,24,32,48,60,64"
@@ -103,9 +104,8 @@ def _forwards(
     cell: CellResult, cells: list[CellResult], copy_rate: float
 ) -> Iterable[tuple[object, ...]]:
     """Rows of one target's costs."""
-    plain = [c for c in cells if c.generations and c.cell.method == "vanilla"]
-    beside = next((c for c in plain if c.same_target(cell)), None)
-    gap = None if beside is None else metrics.host_gap_share(metrics.finished(beside.generations))
+    beside = _plain(cells, cell.same_target)
+    gap = metrics.host_gap_share(beside) if beside else None
     kernel = "+".join(sorted(set(cell.context.get("kernels", {}).values())))
     for cost in cell.costs:
         if cost.what != "verify":
@@ -126,11 +126,8 @@ def _rounds(cell: CellResult, cells: list[CellResult]) -> tuple[object, ...]:
     done = metrics.finished(cell.generations)
     steps = metrics.num_steps(done)
     rate = metrics.tokens_per_second(done) or 0.0
-    plain = [c for c in cells if c.generations and c.cell.method == "vanilla"]
-    beside = next((c for c in plain if cell.comparable(c)), None)
-    base = (
-        None if beside is None else metrics.tokens_per_second(metrics.finished(beside.generations))
-    )
+    beside = _plain(cells, cell.comparable)
+    base = metrics.tokens_per_second(beside) if beside else None
     tau, gap = metrics.acceptance_length(done), metrics.host_gap_share(done)
     stages = [
         1e3 * metrics.seconds(done, [s]) / steps for s in ("host", "draft", "verify", "commit")
@@ -143,6 +140,12 @@ def _rounds(cell: CellResult, cells: list[CellResult]) -> tuple[object, ...]:
         *(f"{1e3 * metrics.seconds(done, ['draft_prefill']) / len(done):.3f}", f"{gap:.4f}"),
         cell.device_name,
     )
+
+
+def _plain(cells: list[CellResult], fits: Callable[[CellResult], bool]) -> list[Generation]:
+    """Plain decoding's answers, of the first cell that fits; empty where none does."""
+    plain = (c for c in cells if c.generations and c.cell.method == VANILLA and fits(c))
+    return next((metrics.finished(c.generations) for c in plain), [])
 
 
 def _write(path: Path, head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> None:

@@ -66,7 +66,7 @@ def _moves(model: Transformer, row: list[int]) -> Tensor:
     one_by_one = []
     for i in range(len(row)):
         read = model(whole[:, i : i + 1], positions[i : i + 1], kv)
-        kv.commit([0])
+        kv.advance(1)
         one_by_one.append(model.logits(read.hidden[0, 0]).double())
     best = at_once.topk(2).indices
     first = at_once.gather(1, best)

@@ -1,4 +1,6 @@
-"""Drafters whose drafts are known beforehand."""
+"""Drafters whose drafts are known beforehand, or are another's."""
+
+from collections.abc import Sequence
 
 from methods.decode import Drafter, Mark, State, unmarked
 from methods.tree import Tree
@@ -31,3 +33,27 @@ class Scripted(Drafter):
         known = len(state.tokens)
         drafts = [(t + self.error) % self.vocab for t in self.script[known : known + self.depth]]
         return Tree.chain([state.tokens[-1], *drafts])
+
+
+class HandsOn(Drafter):
+    """Is another drafter in all but `propose`, which looks at what that one proposes."""
+
+    inner: Drafter
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.inner.taps
+
+    @property
+    def longest(self) -> int:
+        return self.inner.longest
+
+    @property
+    def widths(self) -> Sequence[int]:
+        return self.inner.widths
+
+    def warm_up(self, features: int, *, unread: int) -> None:
+        self.inner.warm_up(features, unread=unread)
+
+    def begin(self, state: State) -> None:
+        self.inner.begin(state)

@@ -1,5 +1,4 @@
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -7,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from methods.decode import Drafter, Mark, Method, Output, State, generate, unmarked
+from methods.decode import Mark, Method, Output, State, generate, unmarked
 from methods.eagle2 import Eagle2
 from methods.eagle3 import Eagle3
 from methods.grow import prune
@@ -20,6 +19,7 @@ from methods.vanilla import Vanilla
 from tests.family import VOCAB, llama_config, write_eagle2, write_eagle3, write_llama
 from tests.methods.eagle_oracle import Oracle
 from tests.methods.parts import make_parts
+from tests.methods.scripted import HandsOn
 
 PROMPT = [0, 5, 17, 23, 42, 8, 61]
 RECIPES = [
@@ -51,7 +51,7 @@ def features_of(model: Transformer, tokens: list[int], taps: tuple[int, ...]) ->
     return model(torch.tensor([tokens]), torch.arange(len(tokens)), kv, taps=taps).features[0]
 
 
-class Checked(Drafter):
+class Checked(HandsOn):
     """Hands on a tree drafter's proposals after comparing each with the oracle's tree."""
 
     def __init__(self, recipe: TreeRecipe, parts: Parts) -> None:
@@ -60,24 +60,6 @@ class Checked(Drafter):
         self.inner = recipe.drafter(parts)
         self.oracle = oracle_of(recipe, parts.family, parts.target)
         self.compared = self.bare = 0
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return self.inner.taps
-
-    @property
-    def longest(self) -> int:
-        return self.inner.longest
-
-    @property
-    def widths(self) -> Sequence[int]:
-        return self.inner.widths
-
-    def warm_up(self, features: int, *, unread: int) -> None:
-        self.inner.warm_up(features, unread=unread)
-
-    def begin(self, state: State) -> None:
-        self.inner.begin(state)
 
     def propose(self, state: State, mark: Mark = unmarked) -> Tree:
         tree = self.inner.propose(state, mark)

@@ -56,7 +56,7 @@ def read(model: Transformer, tokens: torch.Tensor, *, at_once: int) -> torch.Ten
         piece = tokens[start : start + at_once]
         positions = torch.arange(start, start + len(piece))
         found.append(model.logits(model(piece[None], positions, kv).hidden[0]))
-        kv.commit(range(len(piece)))
+        kv.advance(len(piece))
     return torch.cat(found)
 
 

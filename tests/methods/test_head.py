@@ -64,10 +64,10 @@ def test_a_published_head_gives_the_oracles_probabilities(tmp_path: Path, form: 
     assert head.taps == published.taps
     kv = head.cache(20)
     out = head(torch.tensor(PROMPT[1:]), head.enter(features), positions, kv, None)
-    kv.commit(range(len(positions)))
+    kv.advance(len(positions))
     for i, token in enumerate(DRAFTED):
         out = head(torch.tensor([token]), out[-1:], torch.tensor([len(positions) + i]), kv, None)
-        kv.commit([0])
+        kv.advance(1)
 
     own = published.tensors
     lm_head = target.lm_head.dequantize().double()

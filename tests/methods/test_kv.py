@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from methods import fused
 from methods.kv import KVCache
 
 
@@ -23,6 +24,13 @@ def write(kv: KVCache, values: list[float]) -> None:
     kv.extend(len(values))
 
 
+def commit(kv: KVCache, nodes: list[int]) -> None:
+    """Keep these scratch slots, as a step does."""
+    count = torch.tensor([len(nodes)])
+    fused.commit(kv.data[:, :, 0], torch.tensor([kv.length]), torch.tensor(nodes), count)
+    kv.advance(len(nodes))
+
+
 def decided(kv: KVCache) -> list[float]:
     return kv.data[0, 0, 0, 0, : kv.length, 0].tolist()
 
@@ -30,9 +38,9 @@ def decided(kv: KVCache) -> list[float]:
 def test_committed_nodes_stand_in_order_and_the_rest_is_forgotten() -> None:
     kv = make_cache()
     write(kv, [1, 2])
-    kv.commit([0, 1])
+    commit(kv, [0, 1])
     write(kv, [3, 4, 5, 6])
-    kv.commit([0, 2, 3])
+    commit(kv, [0, 2, 3])
     assert decided(kv) == [1, 2, 3, 5, 6]
     assert kv.scratch == 0
 
@@ -40,7 +48,7 @@ def test_committed_nodes_stand_in_order_and_the_rest_is_forgotten() -> None:
 def test_every_layer_and_both_kinds_are_committed() -> None:
     kv = make_cache()
     write(kv, [1, 2, 3])
-    kv.commit([0, 2])
+    commit(kv, [0, 2])
     assert kv.data[0, 1, 0, 0, :2, 0].tolist() == [1.5, 3.5]
     assert kv.data[1, 0, 0, 0, :2, 0].tolist() == [-1, -3]
 
@@ -48,7 +56,7 @@ def test_every_layer_and_both_kinds_are_committed() -> None:
 def test_a_write_shows_decided_then_earlier_scratch_then_new() -> None:
     kv = make_cache()
     write(kv, [1])
-    kv.commit([0])
+    commit(kv, [0])
     write(kv, [2])
     row = torch.tensor([3.0]).view(1, 1, 1, 1)
     keys, _ = kv.write(0, row, row)
@@ -58,11 +66,11 @@ def test_a_write_shows_decided_then_earlier_scratch_then_new() -> None:
 def test_rewinding_forgets_decided_tokens_and_drafts() -> None:
     kv = make_cache()
     write(kv, [1, 2, 3])
-    kv.commit([0, 1, 2])
+    commit(kv, [0, 1, 2])
     write(kv, [4])
     kv.rewind(1)
     write(kv, [9])
-    kv.commit([0])
+    commit(kv, [0])
     assert decided(kv) == [1, 9]
 
 

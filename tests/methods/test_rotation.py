@@ -1,5 +1,5 @@
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from quant.w8a8 import W8A8
 from tests.family import VOCAB, llama_config, write_checkpoint
 from tests.methods.parts import make_parts
 from tests.methods.published import noise
+from tests.methods.scripted import HandsOn
 
 PROMPT = [0, 5, 17, 23, 42, 8, 61]
 STEPS = 8
@@ -65,30 +66,12 @@ def turned(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rotated(family.target, tmp_path_factory.mktemp("rotated") / "target")
 
 
-class Noted(Drafter):
+class Noted(HandsOn):
     """Hands on a drafter's trees and keeps them: the path to each node, in order."""
 
     def __init__(self, inner: Drafter) -> None:
         self.inner = inner
         self.trees: list[list[list[int]]] = []
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        return self.inner.taps
-
-    @property
-    def longest(self) -> int:
-        return self.inner.longest
-
-    @property
-    def widths(self) -> Sequence[int]:
-        return self.inner.widths
-
-    def warm_up(self, features: int, *, unread: int) -> None:
-        self.inner.warm_up(features, unread=unread)
-
-    def begin(self, state: State) -> None:
-        self.inner.begin(state)
 
     def propose(self, state: State, mark: Mark = unmarked) -> Tree:
         tree = self.inner.propose(state, mark)

@@ -53,7 +53,7 @@ def test_reading_in_pieces_equals_reading_at_once(tmp_path: Path) -> None:
     pieces = []
     for start, end in [(0, 11), (11, 12), (12, 30)]:
         read = model(tokens[:, start:end], torch.arange(start, end), kv)
-        kv.commit(range(end - start))
+        kv.advance(end - start)
         pieces.append(read.hidden)
     torch.testing.assert_close(
         model.logits(torch.cat(pieces, dim=1)), read_whole(model, tokens), rtol=0, atol=1e-12
@@ -66,7 +66,7 @@ def test_a_tree_reads_as_each_of_its_paths_would(tmp_path: Path) -> None:
     tree = Tree(tokens=torch.tensor([4, 5, 6, 7, 8, 9]), parents=torch.tensor([-1, 0, 0, 1, 2, 3]))
     kv = model.cache(20)
     model(prompt, torch.arange(9), kv)
-    kv.commit(range(9))
+    kv.advance(9)
     read = model(tree.tokens[None], 9 + tree.depths, kv, tree.ancestors)
     got = model.logits(read.hidden[0])
     for node in range(len(tree)):
