@@ -79,9 +79,15 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Sort all; a stable sort keeps the earliest of equals first."""
+    """Take the best by topk, which knows no order of equals, and put equals in order."""
     logits = logits.float()
-    ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    values, ids = logits.topk(k, dim=-1)
+    if int((logits >= values[:, -1:]).sum()) > values.numel():  # equals of the last were left out
+        ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    else:
+        ids = ids.sort(dim=-1).values
+        order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
+        ids = ids.gather(-1, order)
     return logits.log_softmax(dim=-1).clamp(max=0).gather(-1, ids), ids
 
 
@@ -91,24 +97,29 @@ def argmax(logits: Tensor) -> Tensor:
 
 
 def ancestry(parents: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Walk up from every node."""
+    """Walk up from all nodes at once."""
     n = len(parents)
-    mask = torch.zeros(n, n, dtype=torch.bool)
-    ancestors = torch.full((n, levels), -1, dtype=torch.int32)
-    above = parents.tolist()
-    for node in range(n):
-        path = [node]
-        while above[path[-1]] >= 0:
-            path.append(above[path[-1]])
-        mask[node, path] = True
-        ancestors[node, : len(path)] = torch.tensor(path[::-1], dtype=torch.int32)
-    depths = mask.sum(dim=1) - 1
-    return mask.to(parents.device), depths.to(parents.device), ancestors.to(parents.device)
+    if n == 1:  # plain decoding must not pay for a walk
+        paths = torch.full((1, levels), -1, dtype=torch.int32, device=parents.device)
+        paths[:, 0] = 0
+        return parents[:, None] < 0, parents + 1, paths
+    above = [torch.arange(n, device=parents.device)]
+    while bool((above[-1] >= 0).any()):
+        # Node -1, above the root, indexes the last entry and must stay where it is.
+        above.append(torch.where(above[-1] >= 0, parents[above[-1]], -1))
+    up = torch.stack(above[:-1], dim=1)  # itself first
+    depths = (up >= 0).sum(dim=1) - 1
+    mask = (up[:, :, None] == above[0]).any(dim=1)
+    steps = depths[:, None] - torch.arange(levels, device=parents.device)
+    paths = up.gather(1, steps.clamp(min=0)).where(steps >= 0, -1)
+    return mask, depths, paths.to(torch.int32)
 
 
 def walk(tokens: Tensor, parents: Tensor, picked: Tensor) -> Tensor:
     """Step down from the root to the child that was picked, while there is one."""
     n = len(tokens)
+    if n == 1:
+        return torch.cat([picked.new_tensor([1, 0]), picked])
     path = [0]
     while True:
         right = (parents == path[-1]) & (tokens == picked[path[-1]])
