@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.shards import Shards, write_tensors
-from methods.architecture import EMBEDDING, stored_tensors
+from methods.architecture import EMBEDDING, OUTPUT, stored_tensors
 from methods.checkpoint import check_transformer, require_dense
 from methods.packer import Packer
 from methods.quantize import BlockQuantizer, Rounded, published
-from methods.rotated import FINAL_NORM, OUTPUT, Rotated
+from methods.rotated import FINAL_NORM, Rotated
 from methods.transformer import Shape
 from methods.weights import ROTATION, Weights, read_config
 from quant.formats import Quantization, native_config, read_quantization

@@ -11,7 +11,7 @@ from methods.transformer import Shape
 from methods.values import naming, read_flag, read_number, read_size, shown
 from quant.formats import FLOATS, Quantization, Spec
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 # Projections of the same input, which are read as one layer: some files hold them so.
 QKV, GATE_UP = "qkv_proj", "gate_up_proj"
 FUSED = {QKV: ("q_proj", "k_proj", "v_proj"), GATE_UP: ("gate_proj", "up_proj")}
@@ -68,7 +68,7 @@ def transformer_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     hidden = shape.hidden_size
     expected = {EMBEDDING: (shape.vocab_size, hidden), "model.norm.weight": (hidden,)}
     if not shape.tied:
-        expected["lm_head.weight"] = (shape.vocab_size, hidden)
+        expected[OUTPUT] = (shape.vocab_size, hidden)
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}."
         expected |= block_shapes(prefix, shape, attention_in=hidden)
@@ -112,6 +112,8 @@ def stored_tensors(shape: Shape, quantization: Quantization | None) -> tuple[Ten
         f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": (shape.head_dim // 2,)
         for layer in range(shape.num_layers)
     }
+    if shape.tied:  # a copy of the embedding, as is checked on reading
+        optional[OUTPUT] = Spec(dtypes=DENSE, shape=shapes[EMBEDDING])
     for name, size in shapes.items():
         module = name.removesuffix(".weight")
         layout = None

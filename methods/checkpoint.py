@@ -10,6 +10,7 @@ from torch import Tensor
 
 from methods.architecture import (
     EMBEDDING,
+    OUTPUT,
     read_shape,
     require_layers,
     stored_tensors,
@@ -31,8 +32,7 @@ def check_transformer(folder: Path) -> Shape:
         shape = read_shape(config)
         require_layers(shape, weights)
         expected, optional = stored_tensors(shape, quantization)
-    ignored = {"lm_head.weight"} if shape.tied else set()
-    weights.require(expected, optional=optional, ignored=ignored)
+    weights.require(expected, optional=optional)
     return shape
 
 
@@ -76,6 +76,9 @@ def require_dense(folder: Path) -> Shape:
     shape = check_transformer(folder)
     if (found := quantization_of(folder)) is not None:
         raise ValueError(f"{folder}: layers must be dense to be quantised, got {found.label}")
+    if shape.tied:
+        with naming(folder):
+            _require_one_end(Weights(folder))
     return shape
 
 
@@ -86,6 +89,8 @@ def quantization_of(folder: Path) -> Quantization | None:
 
 def build_transformer(shape: Shape, packer: Packer, lm_head: Scheme) -> Transformer:
     """Make the model from a packer's weights. lm_head: the scheme of the output projection."""
+    if shape.tied:
+        _require_one_end(packer.weights)
     head = packer.of(lm_head)
     return Transformer(
         shape,
@@ -141,4 +146,16 @@ def _quantization(config: Mapping[str, Any], weights: Weights) -> Quantization |
 
 
 def _output_module(shape: Shape) -> str:
-    return (EMBEDDING if shape.tied else "lm_head.weight").removesuffix(".weight")
+    return (EMBEDDING if shape.tied else OUTPUT).removesuffix(".weight")
+
+
+def _require_one_end(weights: Mapping[str, Tensor]) -> None:
+    """Check that a tied model's file has no output projection but a copy of its embedding.
+
+    Some versions of transformers would take such a projection, others the embedding.
+    """
+    if OUTPUT in weights and not bool((weights[OUTPUT] == weights[EMBEDDING]).all()):
+        raise ValueError(
+            f"{OUTPUT} must be absent or equal {EMBEDDING} where tie_word_embeddings is true, got "
+            "other values"
+        )

@@ -15,11 +15,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from methods.architecture import EMBEDDING
+from methods.architecture import EMBEDDING, OUTPUT
 from methods.transformer import Shape
 from quant.rotate import Rotation, fold_norm, rotate_inputs, rotate_outputs
 
-OUTPUT, FINAL_NORM = "lm_head.weight", "model.norm.weight"
+FINAL_NORM = "model.norm.weight"
 # What reads the stream, by the norm before it.
 READERS = {
     "q_proj": "input_layernorm",

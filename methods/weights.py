@@ -81,16 +81,15 @@ class Weights(Mapping[str, Tensor]):
         expected: Mapping[str, tuple[int, ...] | Spec],
         *,
         optional: Mapping[str, tuple[int, ...] | Spec] | None = None,
-        ignored: Set[str] = frozenset(),
     ) -> None:
         """Check that the folder holds exactly these tensors, or raise ValueError.
 
         A shape alone admits every dtype. optional: tensors that may stand there besides, in this
-        form. ignored: names that may, in any.
+        form.
         """
         optional = optional or {}
         missing = expected.keys() - self.keys()
-        extra = self.keys() - expected.keys() - optional.keys() - ignored
+        extra = self.keys() - expected.keys() - optional.keys()
         if missing or extra:
             raise ValueError(
                 f"{self.folder} must hold the tensors of its config.json: "

@@ -1,5 +1,4 @@
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from methods.checkpoint import check_transformer, load_lm_head
+from methods.checkpoint import check_transformer, load_lm_head, require_dense
 from quant.dense import Dense
 from tests.family import llama_config, write_llama
 from tests.methods.parts import load
@@ -132,12 +131,19 @@ def test_a_config_without_a_size_is_refused(folder: Path) -> None:
         check_transformer(folder)
 
 
-def test_a_tied_model_uses_its_embedding_even_where_the_file_has_a_copy(tmp_path: Path) -> None:
-    folder = write_llama(tmp_path / "tied", llama_config(tie_word_embeddings=True), seed=1)
+def test_a_tied_models_copy_of_its_embedding_has_its_shape(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path, llama_config(tie_word_embeddings=True), seed=1)
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": torch.zeros(96, 64)}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight must be \[96, 128\], got \[96, 64\]"):
+        check_transformer(folder)
+
+
+def test_a_tied_model_with_another_output_is_not_quantised(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path, llama_config(tie_word_embeddings=True), seed=1)
+    assert require_dense(folder).tied
     edit_tensors(folder, lambda t: t.update({"lm_head.weight": torch.zeros(96, 128)}))
-    shutil.copytree(folder, tmp_path / "copy")
-    model = load(tmp_path / "copy", Dense())
-    assert torch.equal(model.lm_head.dequantize(), model.embedding.float())
+    with pytest.raises(ValueError, match=f"^{folder}: lm_head.weight must be absent or equal"):
+        require_dense(folder)
 
 
 def test_lm_head_can_be_read_alone(folder: Path) -> None:

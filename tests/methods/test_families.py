@@ -89,6 +89,22 @@ def test_logits_equal_those_of_transformers(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_tied_file_may_hold_its_output_only_as_a_copy(tmp_path: Path, family: str) -> None:
+    oracle = write(tmp_path, family_config(family, tie_word_embeddings=True) | SMALL)
+    path, tokens = tmp_path / "model.safetensors", random_tokens(40)
+    tensors = load_file(path)
+    copy = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": copy}, path, metadata={"format": "pt"})
+    found = read(load(tmp_path, Dense(), torch.float32), tokens, at_once=40)
+    assert error(found, logits_of(oracle, tokens)) < 1e-5
+    save_file(tensors | {"lm_head.weight": -copy}, path, metadata={"format": "pt"})
+    untied = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert error(logits_of(untied, tokens), -found) < 1e-5  # so the embedding would not do
+    with pytest.raises(ValueError, match=r"lm_head\.weight must be absent or equal model\.embed"):
+        load(tmp_path, Dense(), torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_wrong_scaling_would_show(tmp_path: Path, family: str) -> None:
     found = []
     for scaling, rope in SCALINGS.items():
