@@ -113,7 +113,8 @@ def load_transformer(
     """Read a Llama folder into a model whose linear layers are in `scheme`."""
     shape = check_transformer(folder)
     packer = open_packer(folder, scheme, dtype=dtype, device=device, absmax=absmax)
-    return build_transformer(shape, packer, lm_head)
+    with naming(folder):
+        return build_transformer(shape, packer, lm_head)
 
 
 def load_lm_head(

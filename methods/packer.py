@@ -9,6 +9,7 @@ from torch import Tensor
 from methods.architecture import FUSED, GATE_UP, QKV
 from methods.norm import HeadNorm, RMSNorm
 from methods.transformer import MLP, Attention, Block, Shape
+from methods.values import naming
 from quant.formats import Layout, Quantization
 from quant.scheme import QuantLinear, Scheme, is_finite, stack
 from quant.stacked import StackedLinear
@@ -73,7 +74,9 @@ class Packer:
             packed = self._packed(whole, label)
             return self.scheme.linear(packed, dtype=self.dtype, device=self.device)
         except ValueError as error:
-            raise ValueError(f"{label} in {self.scheme.label}: {error}") from error
+            kept = any(layout is not None for layout, _ in stored)
+            place = ", ".join(modules) if kept else f"{label} in {self.scheme.label}"
+            raise ValueError(f"{place}: {error}") from error
 
     def _packed(self, whole: Tensor, label: str) -> dict[str, Tensor]:
         """Pack a weight, in pieces where that is the same: rounding widens what it works on."""
@@ -93,7 +96,8 @@ class Packer:
         bias = tensors.pop("bias", None)
         if not biased and bias is not None and bool(bias.count_nonzero()):
             raise ValueError(f"{module}.bias must be all zero, since the model adds none")
-        return layout, layout.read(tensors)
+        with naming(module):
+            return layout, layout.read(tensors)
 
     def _taken(self, stored: Sequence[tuple[Layout | None, dict[str, Tensor]]]) -> QuantLinear:
         """Take layers as they are stored, each scheme with the kernel that was asked for."""

@@ -102,6 +102,28 @@ def test_act_order_that_is_dropped_would_show(models: Path, tmp_path: Path) -> N
     assert difference > 0.1 * expected.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model.layers.1.mlp.down_proj.g_idx", -1, "model.layers.1.mlp.down_proj: g_idx must be"),
+        (
+            "model.layers.1.mlp.down_proj.scales",
+            float("nan"),
+            "model.layers.1.mlp.down_proj: scales must be finite",
+        ),
+    ],
+)
+def test_wrong_values_are_named_by_folder_and_layer(
+    models: Path, tmp_path: Path, name: str, value: float, message: str
+) -> None:
+    folder = edited(models / ORDERED, tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"^{folder}: {message}"):
+        logits(folder, torch.tensor([0]))
+
+
 def test_a_folder_with_quantize_config_json_alone_reads_the_same(
     models: Path, tmp_path: Path
 ) -> None:
