@@ -71,11 +71,7 @@ def check_quality(config: Config, positions: int) -> None:
     """Check that a window lies within the model's positions, and the dense model beside it."""
     evaluation, target = config.quality, config.model.family.target
     assert evaluation is not None
-    if evaluation.window > positions:
-        raise ValueError(
-            f"quality.window must be within the model's {positions} positions, "
-            f"got {evaluation.window}"
-        )
+    check_window(evaluation.window, positions)
     if not evaluation.kl:
         return
     if evaluation.reference is None and config.schemes.target.as_stored:
@@ -101,6 +97,14 @@ def check_quality(config: Config, positions: int) -> None:
     sizes = [read_config(folder).get("vocab_size") for folder in (config.reference, target)]
     if sizes[0] != sizes[1] or _vocabulary(config.reference) not in (None, _vocabulary(target)):
         raise ValueError(f"{config.reference}: the vocabulary must be that of {target}")
+
+
+def check_window(window: int, positions: int) -> None:
+    """Check that a window of text lies within the model's positions."""
+    if window > positions:
+        raise ValueError(
+            f"quality.window must be within the model's {positions} positions, got {window}"
+        )
 
 
 def check_text(config: Config) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from bench import hub
+from bench import check, hub
 from bench.build import build, named_node, target_modules, typed, without
 from bench.config import parse_model, plain_tree
 from bench.door import OK, collect
@@ -114,6 +114,7 @@ class Jobs:
             text=build(tree["task"], Text, key="task"),
         )
         quantizer.check(planned.job)
+        _check_evaluation(planned)
         if planned.job.out in self.planned:
             raise ValueError(f"every job must have an out of its own, got {planned.job.out} twice")
         self.planned[planned.job.out] = planned
@@ -211,6 +212,20 @@ def _job(tree: Mapping[str, Any], settings: Settings, quantizer: Quantizer) -> J
         "code": code_hash(["bench.quantize", *sorted(target_modules(tree))]),
     }
     return replace(job, identity=digest(identity))
+
+
+def _check_evaluation(planned: Planned) -> None:
+    """Check what is measured at the end, which may be hours away."""
+    evaluation, folder = planned.evaluation, planned.job.folder
+    if evaluation is None:
+        return
+    check.check_window(evaluation.window, check_transformer(folder).max_positions)
+    if evaluation.reference is not None:
+        raise ValueError(
+            "quality.reference must be null, since the dense model is the one that is quantised, "
+            f"got {evaluation.reference}"
+        )
+    encode(load_tokenizer(folder), planned.text)
 
 
 def _fetched(model: Mapping[str, Any], part: str) -> dict[str, Any]:

@@ -272,6 +272,16 @@ def test_a_full_folder_is_left_alone(world: list[str], tmp_path: Path, door: Doo
         (["part=middle"], "part must be one of target, small, got 'middle'"),
         (["calibration.samples=0"], "calibration: samples must be 1 or more, got 0"),
         (["quantizer.rounding.damping=0"], "damping must be positive"),
+        (
+            ["quality.window=257"],
+            "quality.window must be within the model's 256 positions, got 257",
+        ),
+        (
+            ["quality.reference=models/lab/target"],
+            "quality.reference must be null, since the dense",
+        ),
+        (["task.path=nowhere.jsonl"], "task perplexity: path must be a file, got "),
+        (["task.path=LICENSE"], "a task's path must end in .jsonl, "),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_written(
