@@ -135,14 +135,15 @@ class Eagle2(TreeRecipe):
         folded = None if own else rotation
         # The published code never reads a stock head's lm_head; its embedding it does.
         tensors = files.tensors(besides=set() if own else {EMBEDDING, LM_HEAD})
-        embedding = tensors[EMBEDDING] if own else files.own_embedding(target, folded)
+        embedding = None if own else files.own_embedding(target, folded)
         if folded is not None:
             tensors["fc.weight"] = _absorbed(tensors["fc.weight"], folded, shared=embedding is None)
         packer = Packer(tensors, parts.scheme, dtype=target.dtype, device=target.device)
+        embedding = packer.tensor(EMBEDDING) if own else embedding
         return Eagle2Head(
             shape,
             taps=(target.shape.num_layers,),
-            embedding=target.embedding if embedding is None else embedding.to(target.embedding),
+            embedding=target.embedding if embedding is None else embedding,
             fc=packer.linear("fc", "fc"),
             fc_bias=packer.tensor(FC_BIAS) if FC_BIAS in tensors else None,
             block=Block(

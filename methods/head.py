@@ -20,6 +20,7 @@ from methods.transformer import Shape, Transformer
 from methods.values import naming, read_flag, read_section, read_size, shown
 from methods.weights import Weights, read_config
 from quant.formats import Spec
+from quant.scheme import is_finite
 
 EAGLE, EAGLE3 = "eagle", "eagle3"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -100,6 +101,10 @@ class HeadFiles:
         if EMBEDDING not in self.weights:
             return None
         own = self.weights[EMBEDDING].to(target.device, target.dtype)
+        if not is_finite(own):
+            raise ValueError(
+                f"{self.folder}: {EMBEDDING} must be finite in {own.dtype}, got infinities or NaNs"
+            )
         if own.shape != target.embedding.shape:
             return own
         pieces = -(-len(own) // ROWS)

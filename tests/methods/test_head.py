@@ -25,6 +25,7 @@ from tests.methods.published import (
     eagle3,
     noise,
     with_copies,
+    with_rotation,
     with_tensors,
     write_pickle,
     write_safetensors,
@@ -32,6 +33,7 @@ from tests.methods.published import (
 )
 
 PROMPT = [0, 5, 17, 23, 42, 8, 61]
+INF = float("inf")
 DRAFTED = (3, 88)  # tokens after the prompt, for which the head is fed its own output
 FORMS = EAGLE2_FORMS | {f"eagle3: {name}": make for name, make in EAGLE3_FORMS.items()}
 
@@ -104,6 +106,20 @@ def test_one_row_of_its_own_makes_an_embedding_its_own(tmp_path: Path) -> None:
     parts = make_parts(family_of(write_pickle(published)))
     head = recipe_of(published).head(parts)
     assert torch.equal(head.embedding.float(), published.tensors["embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("made", [eagle2, eagle3, lambda root: with_rotation(eagle2(root))])
+def test_an_embedding_of_its_own_is_finite(
+    tmp_path: Path, made: Callable[[Path], Published]
+) -> None:
+    published = with_tensors(
+        made(tmp_path),
+        embed_tokens__weight=noise(VOCAB, WIDTH).index_fill(0, torch.tensor(50), INF),
+    )
+    published.config["bias"] = False
+    parts = make_parts(family_of(write_pickle(published)))
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight must be finite in torch\.float64"):
+        recipe_of(published).head(parts)
 
 
 def test_an_lm_head_that_published_code_never_reads_is_not_read(tmp_path: Path) -> None:
