@@ -1,6 +1,7 @@
 """What is looked at before any compute: checkpoints, vocabularies, calibration text, prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from bench import sandbox, text
@@ -111,7 +112,19 @@ def check_text(config: Config) -> None:
     """Check that a tokenizer makes two tokens or more of the text."""
     from bench.load import load_tokenizer  # transformers takes seconds, a finished sweep none
 
-    text.encode(load_tokenizer(config.model.family.target), config.text)
+    folder = config.model.family.target
+    limit = None if config.quality is None else config.quality.limit
+    check_ids(folder, text.encode(load_tokenizer(folder), config.text)[:limit])
+
+
+def check_ids(folder: Path, ids: Iterable[int]) -> None:
+    """Check that a folder's tokenizer gave no token that its model has no embedding for."""
+    vocab = check_transformer(folder).vocab_size
+    if (most := max(ids, default=0)) >= vocab:
+        raise ValueError(
+            f"{folder}: the tokenizer must give ids below vocab_size={vocab} for the text that is "
+            f"read, got {most}"
+        )
 
 
 def check_sandbox(config: Config) -> None:
@@ -158,11 +171,16 @@ def check_fit(config: Config, folders: Sequence[Path]) -> None:
 
 
 def prompt_lengths(task: Task, folder: Path, prompts: Sequence[Prompt]) -> list[int]:
-    """Tokens of every prompt's first turn. folder: of the target, for its tokenizer."""
+    """Tokens of every prompt's first turn; ValueError where the model lacks one of them.
+
+    folder: of the target, for its tokenizer.
+    """
     from bench.load import load_tokenizer  # transformers takes seconds, a finished sweep none
 
     tokenizer = load_tokenizer(folder)
-    return [len(encode(tokenizer, task, prompt, [])) for prompt in prompts]
+    encoded = [encode(tokenizer, task, prompt, []) for prompt in prompts]
+    check_ids(folder, chain.from_iterable(encoded))
+    return [len(tokens) for tokens in encoded]
 
 
 def check_prompts(task: Task, lengths: Sequence[int], context: int) -> int:

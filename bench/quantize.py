@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -225,7 +226,7 @@ def _check_evaluation(planned: Planned) -> None:
             "quality.reference must be null, since the dense model is the one that is quantised, "
             f"got {evaluation.reference}"
         )
-    encode(load_tokenizer(folder), planned.text)
+    check.check_ids(folder, encode(load_tokenizer(folder), planned.text)[: evaluation.limit])
 
 
 def _fetched(model: Mapping[str, Any], part: str) -> dict[str, Any]:
@@ -247,7 +248,8 @@ def _texts(
     random.Random(seed).shuffle(texts)
     tokenizer = load_tokenizer(folder)
     length = min(wanted.length, most)
-    drawn = (tokenizer(text)["input_ids"][:length] for text in texts[: wanted.samples])
+    drawn = [tokenizer(text)["input_ids"][:length] for text in texts[: wanted.samples]]
+    check.check_ids(folder, chain.from_iterable(drawn))
     return [tokens for tokens in drawn if len(tokens) > 1]
 
 

@@ -106,6 +106,16 @@ def test_a_smaller_model_of_another_tokenizer_fails(check: Check, tmp_path: Path
     assert code == 1
 
 
+def test_a_tokenizer_of_more_tokens_than_the_model_has_fails(check: Check, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "target", ids_from=26)  # "a" to "f" are 90 to 95
+    assert check("method=vanilla")[0] == 0
+    write_tokenizer(tmp_path / "target", ids_from=27)
+    code, lines = check("method=vanilla")
+    assert code == 1
+    told = "the tokenizer must give ids below vocab_size=96 for the text that is read, got 96"
+    assert f"FAIL prompts: {tmp_path / 'target'}: {told}" in lines
+
+
 def test_other_special_tokens_are_told(check: Check, tmp_path: Path) -> None:
     edit_config(tmp_path / "small", eos_token_id=7)
     code, lines = check("method=chain")

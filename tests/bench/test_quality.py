@@ -306,6 +306,13 @@ def test_a_text_of_one_token_is_refused(world: list[str], tmp_path: Path) -> Non
     assert refused == "task perplexity: the text must have two tokens or more, got [64]"
 
 
+def test_a_text_of_tokens_that_the_model_lacks_is_refused(world: list[str]) -> None:
+    target = place(world, "model.target")
+    write_tokenizer(target, ids_from=90)
+    told = "the tokenizer must give ids below vocab_size=96 for the text that is read, got "
+    assert refusal(world, "quality.kl=false").startswith(f"{target}: {told}")
+
+
 def test_a_reference_of_another_vocabulary_is_refused(world: list[str], tmp_path: Path) -> None:
     target = place(world, "model.target")
     copy = shutil.copytree(target, tmp_path / "copy")

@@ -16,7 +16,7 @@ from bench.shards import UNFINISHED
 from methods.checkpoint import check_transformer, load_transformer, stored_in
 from methods.weights import INDEX, read_config
 from quant.stored import AsStored
-from tests.bench.tiny import LIMIT, composed, generations, write_world
+from tests.bench.tiny import LIMIT, composed, generations, write_tokenizer, write_world
 
 Door = Callable[..., tuple[int, str, str]]
 SETTINGS = (
@@ -293,6 +293,18 @@ def test_bad_input_is_one_line_before_anything_is_written(
     assert told.startswith("error: ")
     assert told.count("\n") == 1
     assert message in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes", [[], ["quantizer=nearest"], ["quality=null"]])
+def test_texts_of_tokens_that_the_model_lacks_are_refused(
+    world: list[str], tmp_path: Path, door: Door, changes: list[str]
+) -> None:
+    write_tokenizer(folder_of(world), ids_from=90)
+    kept = [o for o in world if not (changes == ["quality=null"] and o.startswith("quality."))]
+    code, _, told = door(*kept, *changes, f"out={tmp_path / 'out'}")
+    assert code == 2
+    assert "the tokenizer must give ids below vocab_size=96 for the text that is read" in told
     assert not (tmp_path / "out").exists()
 
 

@@ -41,9 +41,9 @@ def write_world(root: Path, lengths: Sequence[int] = LENGTHS) -> list[str]:
     ]
 
 
-def write_tokenizer(folder: Path, *, first: str = "!") -> None:
+def write_tokenizer(folder: Path, *, first: str = "!", ids_from: int = 0) -> None:
     """Write a tokenizer of one token per character, VOCAB characters from `first` on."""
-    vocab = {chr(ord(first) + i): i for i in range(VOCAB)}
+    vocab = {chr(ord(first) + i): ids_from + i for i in range(VOCAB)}
     Tokenizer(BPE(vocab=vocab, merges=[])).save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
