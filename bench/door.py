@@ -27,6 +27,7 @@ from bench.record import Status
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 OK, UNFINISHED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+HEAD = re.compile(r"model\.(small\.)*heads\.[^.]+")  # of conf/model: any method may be a key there
 
 
 class Cells(Protocol):
@@ -160,8 +161,12 @@ def _refuse(problems: Mapping[str, Sequence[str]]) -> int:
 
 def _one_line(error: Exception) -> str:
     """Join what Hydra and OmegaConf say over several lines, less where they looked."""
-    if isinstance(cause := error.__cause__, OmegaConfBaseException) and cause.parent_node:
-        return _no_key(cause)
+    if isinstance(cause := error.__cause__, OmegaConfBaseException):
+        if cause.parent_node or HEAD.fullmatch(str(cause.full_key)):
+            return _no_key(cause)
+        if str(cause.full_key).startswith("model.small."):
+            told = "'model.small={target: <folder>, heads: {}}' gives one"
+            return f"{cause.full_key}: the model has no smaller one, {told}"
     told = f"{error}\n{error.__cause__ or ''}".partition("Config search path")[0]
     told = re.sub(r"^In '\w+': ", "", told)  # the file whose defaults list has the group
     lines = dict.fromkeys(line.strip(" .") for line in told.splitlines() if line.strip())
@@ -175,5 +180,7 @@ def _no_key(error: OmegaConfBaseException) -> str:
     known = [str(name) for name in error.parent_node or () if name != "hydra"]
     near = difflib.get_close_matches(key, known, n=1)
     place = full.removesuffix(key)
+    if HEAD.fullmatch(full):
+        return f"{full}: no such head, there are {', '.join(known) or 'none'}; +{full}= adds it"
     hint = f"did you mean {place}{near[0]}? " if near else ""
     return f"{full}: no such key, {hint}there are {', '.join(place + name for name in known)}"

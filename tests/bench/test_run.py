@@ -218,6 +218,30 @@ def test_a_users_error_is_one_line_before_any_compute(
     assert not list(tmp_path.rglob("cell.json"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["model=llama3_8b_instruct", "model.heads.eagle3=x"],
+            "model.heads.eagle3: no such head, there are eagle2; +model.heads.eagle3= adds it",
+        ),
+        (
+            ["model=qwen25_7b_instruct", "model.heads.eagle3=x"],
+            "model.heads.eagle3: no such head, there are none; +model.heads.eagle3= adds it",
+        ),
+        (
+            ["model=llama3_8b_instruct", "model.small.target=x"],
+            "model.small.target: the model has no smaller one, "
+            "'model.small={target: <folder>, heads: {}}' gives one",
+        ),
+    ],
+)
+def test_who_names_a_part_that_a_model_has_none_of_is_told_how_to_add_it(
+    door: Door, arguments: list[str], message: str
+) -> None:
+    assert door(*arguments) == (2, "", f"error: {message}\n")
+
+
 @pytest.mark.parametrize("words", [[], ["-m"]])
 def test_a_place_that_cannot_be_written_is_one_line(
     swept: tuple[list[str], int], tmp_path: Path, door: Door, words: list[str]
