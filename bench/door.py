@@ -24,6 +24,7 @@ from tqdm import tqdm
 from bench.block import Block, is_finished, run_block
 from bench.build import ROOT
 from bench.record import Status
+from bench.rows import arm_label
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 OK, UNFINISHED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
@@ -132,8 +133,11 @@ def _run(block: Block, module: str, *, progress: bool) -> dict[str, str]:
         return dict.fromkeys(skipped, "finished, skipped")
     statuses = run_block(block, module=module, argv=sys.argv, progress=progress)
     if not progress:
-        states = (f"{arm.cell.method} {statuses[arm.name].state}" for arm in block.arms)
-        sys.stderr.write(f"{block.name}: {', '.join(states)}\n")
+        states = (
+            f"{arm_label(arm.cell.method, arm.cell.draft_scheme)} {statuses[arm.name].state}"
+            for arm in block.arms
+        )
+        sys.stderr.write(f"{block.name}: {'; '.join(states)}\n")
     return {
         name: "finished, skipped" if name in skipped else _told(status)
         for name, status in statuses.items()

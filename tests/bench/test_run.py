@@ -386,6 +386,15 @@ def test_the_command_lists_its_doors() -> None:
     assert refused.returncode == 2
 
 
+def test_arms_that_differ_in_the_drafters_scheme_alone_are_told_apart(
+    tmp_path: Path, door: Door
+) -> None:
+    world = write_world(tmp_path)
+    code, _, err = door(*world, "-m", "method=chain", "method.draft_scheme=dense,w8a8", *SMALL)
+    assert code == 0
+    assert err.endswith(": vanilla done; chain done; chain, drafter w8a8 done\n")
+
+
 def test_a_head_that_is_never_right_is_unsupported_not_slow(tmp_path: Path, door: Door) -> None:
     world = write_world(tmp_path)
     code, out, _ = door(*world, "method=eagle2", *SMALL, "acceptance_floor=1000000")
