@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -172,6 +172,8 @@ def _one_line(error: Exception) -> str:
             told = "'model.small={target: <folder>, heads: {}}' gives one"
             return f"{cause.full_key}: the model has no smaller one, {told}"
     told = f"{error}\n{error.__cause__ or ''}".partition("Config search path")[0]
+    if isinstance(error, OverrideParseException) and repr(error.override) not in told:
+        told = f"Error parsing override {error.override!r}\n{told}"
     told = re.sub(r"^In '\w+': ", "", told)  # the file whose defaults list has the group
     lines = dict.fromkeys(line.strip(" .") for line in told.splitlines() if line.strip())
     shown = "; ".join(line for line in lines if not line.strip().startswith("object_type"))

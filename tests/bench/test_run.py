@@ -204,6 +204,8 @@ def test_nothing_is_left_besides_the_results(swept: tuple[list[str], int]) -> No
         (["method=eagle2", "method.depth=six"], "error: method.depth: Value 'six' of type"),
         (["method=chain", "+method.inner.x=1"], "error: method.inner.x: no such key, there are "),
         (["method=eagle2", "method.top_k=97"], "error: top_k must be within the head's"),
+        (["quant=w4a16,"], "error: Error parsing override 'quant=w4a16,'; mismatched input"),
+        (["quant"], "error: Error parsing override 'quant'; missing EQUAL"),
         (["quant.lm_head=w9"], "error: quant.lm_head must be one of checkpoint, dense, "),
         (["model.target=/none"], "error: model.target must be a checkpoint folder or a hub id"),
     ],
