@@ -388,6 +388,13 @@ def test_the_command_lists_its_doors() -> None:
     assert refused.returncode == 2
 
 
+@pytest.mark.parametrize("name", ["run", "quantize", "kernels", "report"])
+def test_a_doors_help_says_where_its_keys_are_explained(name: str) -> None:
+    line = [sys.executable, "-m", "bench.cli", name, "--help"]
+    told = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    assert told.startswith(f"specquant {name}: conf/ says beside each key what it means\n")
+
+
 def test_arms_that_differ_in_the_drafters_scheme_alone_are_told_apart(
     tmp_path: Path, door: Door
 ) -> None:
