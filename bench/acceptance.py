@@ -91,11 +91,12 @@ def broken(
     waiting = list(prompts[:PROMPTS])
     while not _works(found := acceptance_of(outputs), vocab, floor):
         if not waiting:
-            what = "drafter" if isinstance(method.drafter, HierarchicalDrafter) else "head"
+            model = isinstance(method.drafter, HierarchicalDrafter)  # it reads tokens, no features
+            what, cause = ("drafter", "") if model else ("head", _suspicion(target))
             return (
                 f"broken {what}: acceptance length {found.length:.2f} over {found.steps} steps of "
                 f"{len(outputs)} prompts, blind guesses reach {found.chance(vocab):.4f} "
-                f"(acceptance_floor={floor:g} times)" + _suspicion(target)
+                f"(acceptance_floor={floor:g} times){cause}"
             )
         outputs.append(attempt(method, waiting.pop(0), min(limit, TOKENS)))
     return ""

@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 from bench.build import ROOT
 from bench.child import CRASH, RUNNING, ArmJob, Job
 from bench.record import CELL, CONFIG, STATUS, Cell, Record, Status, write_json
+from bench.rows import arm_label
 from methods.values import read_json
 
 STALE = ".stale"  # of results_dir: cells moved aside, never deleted
@@ -146,7 +147,11 @@ def _write_job(
     job = Job(
         name=block.name,
         arms=[
-            ArmJob(folder=str(arm.folder.resolve()), label=arm.cell.method, config=arm.config)
+            ArmJob(
+                folder=str(arm.folder.resolve()),
+                label=arm_label(arm.cell.method, arm.cell.draft_scheme),
+                config=arm.config,
+            )
             for arm in live
         ],
         baseline=str(baseline.folder.resolve()) if baseline else "",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING as REQUIRED
 from dataclasses import field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -115,6 +115,11 @@ def _make(kind: type[T], values: dict[str, Any], parts: dict[str, object], key: 
 def _checked(kind: type, values: dict[str, Any], key: str) -> dict[str, Any]:
     """Give the values in the types of the dataclass's fields."""
     hints = get_type_hints(kind)
+    for name, value in values.items():
+        if isinstance(value, str | int | float) and _is_list(
+            hints[name]
+        ):  # OmegaConf's words name it not
+            raise ValueError(_at(key, name, f"must be a list, such as [{value}], got {value!r}"))
     schema = make_dataclass(
         kind.__name__, [(name, hints[name], field(default=MISSING)) for name in values]
     )
@@ -129,6 +134,10 @@ def _checked(kind: type, values: dict[str, Any], key: str) -> dict[str, Any]:
         str(name): tuple(value) if get_origin(hints[str(name)]) is tuple else value
         for name, value in plain.items()
     }
+
+
+def _is_list(hint: object) -> bool:
+    return any(get_origin(kind) in (list, tuple) for kind in (hint, *get_args(hint)))
 
 
 def _at(key: str, name: str, message: str) -> str:

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -24,9 +24,11 @@ from tqdm import tqdm
 from bench.block import Block, is_finished, run_block
 from bench.build import ROOT
 from bench.record import Status
+from bench.rows import arm_label
 
 BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 OK, UNFINISHED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+HEAD = re.compile(r"model\.(small\.)*heads\.[^.]+")  # of conf/model: any method may be a key there
 
 
 class Cells(Protocol):
@@ -131,8 +133,11 @@ def _run(block: Block, module: str, *, progress: bool) -> dict[str, str]:
         return dict.fromkeys(skipped, "finished, skipped")
     statuses = run_block(block, module=module, argv=sys.argv, progress=progress)
     if not progress:
-        states = (f"{arm.cell.method} {statuses[arm.name].state}" for arm in block.arms)
-        sys.stderr.write(f"{block.name}: {', '.join(states)}\n")
+        states = (
+            f"{arm_label(arm.cell.method, arm.cell.draft_scheme)} {statuses[arm.name].state}"
+            for arm in block.arms
+        )
+        sys.stderr.write(f"{block.name}: {'; '.join(states)}\n")
     return {
         name: "finished, skipped" if name in skipped else _told(status)
         for name, status in statuses.items()
@@ -160,9 +165,15 @@ def _refuse(problems: Mapping[str, Sequence[str]]) -> int:
 
 def _one_line(error: Exception) -> str:
     """Join what Hydra and OmegaConf say over several lines, less where they looked."""
-    if isinstance(cause := error.__cause__, OmegaConfBaseException) and cause.parent_node:
-        return _no_key(cause)
+    if isinstance(cause := error.__cause__, OmegaConfBaseException):
+        if cause.parent_node or HEAD.fullmatch(str(cause.full_key)):
+            return _no_key(cause)
+        if str(cause.full_key).startswith("model.small."):
+            told = "'model.small={target: <folder>, heads: {}}' gives one"
+            return f"{cause.full_key}: the model has no smaller one, {told}"
     told = f"{error}\n{error.__cause__ or ''}".partition("Config search path")[0]
+    if isinstance(error, OverrideParseException) and repr(error.override) not in told:
+        told = f"Error parsing override {error.override!r}\n{told}"
     told = re.sub(r"^In '\w+': ", "", told)  # the file whose defaults list has the group
     lines = dict.fromkeys(line.strip(" .") for line in told.splitlines() if line.strip())
     shown = "; ".join(line for line in lines if not line.strip().startswith("object_type"))
@@ -175,5 +186,7 @@ def _no_key(error: OmegaConfBaseException) -> str:
     known = [str(name) for name in error.parent_node or () if name != "hydra"]
     near = difflib.get_close_matches(key, known, n=1)
     place = full.removesuffix(key)
+    if HEAD.fullmatch(full):
+        return f"{full}: no such head, there are {', '.join(known) or 'none'}; +{full}= adds it"
     hint = f"did you mean {place}{near[0]}? " if near else ""
     return f"{full}: no such key, {hint}there are {', '.join(place + name for name in known)}"

@@ -63,7 +63,7 @@ def fetch(name: str, *, key: str) -> str:
     if found is None:
         raise ValueError(
             f"{key} must be a checkpoint folder or a hub id, org/name or org/name@revision, got "
-            f"{name!r}: {folder} is no folder"
+            f"{name!r}: {folder} is no folder{_elsewhere(name)}"
         )
     repo, revision = found["repo"], found["revision"] or DEFAULT_REVISION
     snapshot = _whole(repo, revision) or _download(repo, revision, key)
@@ -140,7 +140,14 @@ def _download(repo: str, revision: str, key: str) -> Path:
         if not answered and (snapshot := _snapshot(repo, revision, FILES)) is not None:
             return snapshot
         told = f"{_folder(repo)} is no folder, and {_reason(error, repo, revision)}"
-        raise ValueError(f"{told}; or give {key}=<folder>") from error
+        raise ValueError(f"{told}; or give {key}=<folder>{_elsewhere(repo)}") from error
+
+
+def _elsewhere(name: str) -> str:
+    """Tell of a folder below the current one, where paths do not begin."""
+    here = Path.cwd() / name
+    told = f"; {here} is one, but a relative path begins at the checkout"
+    return told if here.is_dir() else ""
 
 
 def _wanted(listed: Iterable[str]) -> list[str]:

@@ -43,6 +43,8 @@ BROKEN = (
     TypeError,
 )
 
+POINTER = b"version https://git-lfs"  # what a clone without Git LFS has in place of a file
+
 
 class Shard(ABC):
     """A file that was found whole when it was opened."""
@@ -63,7 +65,21 @@ class Shard(ABC):
 
 def open_shard(path: Path) -> Shard:
     """Open a file by its suffix, or raise ValueError where it is broken."""
-    return PickledShard(path) if path.suffix == ".bin" else SafetensorsShard(path)
+    try:
+        return PickledShard(path) if path.suffix == ".bin" else SafetensorsShard(path)
+    except ValueError as error:
+        if _is_pointer(path):
+            told = "got a Git LFS pointer to them: `git lfs pull` fetches them"
+            raise ValueError(f"{path} must hold weights, {told}") from error
+        raise
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(POINTER)) == POINTER
+    except OSError:
+        return False  # what could not be read is told already
 
 
 class SafetensorsShard(Shard):

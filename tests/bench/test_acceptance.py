@@ -86,6 +86,16 @@ def test_a_head_over_what_seems_a_rotated_target_is_told_so(tmp_path: Path) -> N
     assert "seems to be rotated" not in judged(method, target, floor=1e6)
 
 
+def test_a_rotated_target_does_not_excuse_a_smaller_model(tmp_path: Path) -> None:
+    method, target = method_of(tmp_path, "method=chain")
+    tensors = load_file(target / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(128)
+    save_file(tensors, target / "model.safetensors")
+    problem = judged(method, target, floor=1e6)
+    assert problem.startswith("broken drafter: acceptance length ")
+    assert problem.endswith(" (acceptance_floor=1e+06 times)")
+
+
 @pytest.mark.parametrize(
     ("method", "over"),
     [

@@ -61,7 +61,8 @@ def test_nested_nodes_are_built_first() -> None:
         ({"depth": 1.5}, r"part\.depth: "),
         ({"depth": 1, "dept": 2}, r"part\.dept: no such key, there are depth, share"),
         ({}, r"part\.depth: must be given"),
-        ({"depth": 1, "names": 3}, r"part\.names"),
+        ({"depth": 1, "names": 3}, r"part\.names: must be a list, such as \[3\], got 3"),
+        ({"depth": 1, "names": "a"}, r"part\.names: must be a list, such as \[a\], got 'a'"),
         ({"depth": 0}, r"part: depth must be at least 1, got 0"),
     ],
 )

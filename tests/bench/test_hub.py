@@ -247,6 +247,17 @@ def test_no_route_to_the_hub_ends_a_run_before_any_cell(tmp_path: Path, refused_
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("name", ["checkpoints/gptq", "out/of/gptq"])
+def test_a_folder_below_the_current_one_is_told_of(
+    tmp_path: Path, refused_port: str, name: str
+) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    program = f"import os; os.chdir({str(tmp_path)!r}); from bench import hub; "
+    done = client(tmp_path, refused_port, "-c", f"{program}hub.fetch({name!r}, key='model.target')")
+    told = f"; {tmp_path / name} is one, but a relative path begins at the checkout"
+    assert done.stderr.splitlines()[-1].endswith(told)
+
+
 def test_no_route_to_a_data_set_is_told_at_once(tmp_path: Path, refused_port: str) -> None:
     program = "from bench.source import read_hub; read_hub('lab/data', config=None, split='test')"
     done = client(tmp_path, refused_port, "-c", program)

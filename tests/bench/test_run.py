@@ -204,6 +204,8 @@ def test_nothing_is_left_besides_the_results(swept: tuple[list[str], int]) -> No
         (["method=eagle2", "method.depth=six"], "error: method.depth: Value 'six' of type"),
         (["method=chain", "+method.inner.x=1"], "error: method.inner.x: no such key, there are "),
         (["method=eagle2", "method.top_k=97"], "error: top_k must be within the head's"),
+        (["quant=w4a16,"], "error: Error parsing override 'quant=w4a16,'; mismatched input"),
+        (["quant"], "error: Error parsing override 'quant'; missing EQUAL"),
         (["quant.lm_head=w9"], "error: quant.lm_head must be one of checkpoint, dense, "),
         (["model.target=/none"], "error: model.target must be a checkpoint folder or a hub id"),
     ],
@@ -216,6 +218,30 @@ def test_a_users_error_is_one_line_before_any_compute(
     assert err.startswith(message)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert not list(tmp_path.rglob("cell.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["model=llama3_8b_instruct", "model.heads.eagle3=x"],
+            "model.heads.eagle3: no such head, there are eagle2; +model.heads.eagle3= adds it",
+        ),
+        (
+            ["model=qwen25_7b_instruct", "model.heads.eagle3=x"],
+            "model.heads.eagle3: no such head, there are none; +model.heads.eagle3= adds it",
+        ),
+        (
+            ["model=llama3_8b_instruct", "model.small.target=x"],
+            "model.small.target: the model has no smaller one, "
+            "'model.small={target: <folder>, heads: {}}' gives one",
+        ),
+    ],
+)
+def test_who_names_a_part_that_a_model_has_none_of_is_told_how_to_add_it(
+    door: Door, arguments: list[str], message: str
+) -> None:
+    assert door(*arguments) == (2, "", f"error: {message}\n")
 
 
 @pytest.mark.parametrize("words", [[], ["-m"]])
@@ -360,6 +386,22 @@ def test_the_command_lists_its_doors() -> None:
     refused = subprocess.run([*line, "ran"], capture_output=True, text=True, check=False)
     assert refused.stderr == f"error: a door must be one of {', '.join(doors)}, got 'ran'\n"
     assert refused.returncode == 2
+
+
+@pytest.mark.parametrize("name", ["run", "quantize", "kernels", "report"])
+def test_a_doors_help_says_where_its_keys_are_explained(name: str) -> None:
+    line = [sys.executable, "-m", "bench.cli", name, "--help"]
+    told = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    assert told.startswith(f"specquant {name}: conf/ says beside each key what it means\n")
+
+
+def test_arms_that_differ_in_the_drafters_scheme_alone_are_told_apart(
+    tmp_path: Path, door: Door
+) -> None:
+    world = write_world(tmp_path)
+    code, _, err = door(*world, "-m", "method=chain", "method.draft_scheme=dense,w8a8", *SMALL)
+    assert code == 0
+    assert err.endswith(": vanilla done; chain done; chain, drafter w8a8 done\n")
 
 
 def test_a_head_that_is_never_right_is_unsupported_not_slow(tmp_path: Path, door: Door) -> None:

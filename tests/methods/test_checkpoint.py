@@ -63,6 +63,15 @@ def test_truncated_weights_are_refused_before_anything_is_read(folder: Path) -> 
         check_transformer(folder)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_in_place_of_weights_is_told(folder: Path, name: str) -> None:
+    (folder / "model.safetensors").unlink()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
+    (folder / name).write_text(pointer, encoding="ascii")
+    with pytest.raises(ValueError, match=f"{name} must hold weights, got a Git LFS pointer"):
+        check_transformer(folder)
+
+
 def test_a_broken_config_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ', encoding="utf-8")
     with pytest.raises(ValueError, match=r"config\.json must be a JSON object: Expecting value"):
