@@ -6,8 +6,9 @@ from functools import cache
 
 import torch
 
+from bench.build import without
 from bench.config import Config
-from methods.architecture import read_shape
+from methods.architecture import read_shape, stacked_shapes
 from methods.transformer import Shape
 from methods.weights import read_config
 from quant.kernels.choice import missing, named
@@ -46,13 +47,7 @@ def lacking(kernel: str, device: str) -> str:
 
 def _check_layers(scheme: Scheme, shape: Shape, dtype: torch.dtype) -> None:
     kernel = named(scheme.kernel)
-    heads = shape.num_heads * shape.head_dim
-    for k, n in (  # as they are stacked
-        (shape.hidden_size, heads + 2 * shape.num_kv_heads * shape.head_dim),
-        (heads, shape.hidden_size),
-        (shape.hidden_size, 2 * shape.intermediate_size),
-        (shape.intermediate_size, shape.hidden_size),
-    ):
+    for n, k in without(stacked_shapes(shape), "lm_head").values():
         # What a kernel asks of N is a multiple: a few rows with the same remainder stand for all.
         rows = torch.randn(ROWS + n % ROWS, k, generator=torch.Generator().manual_seed(0))
         absmax = torch.ones(k) if scheme.needs_absmax else None

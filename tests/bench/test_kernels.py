@@ -35,7 +35,7 @@ def planned() -> Planned:
     for name, value in values.items():
         object.__setattr__(settings, name, value)
     scheme = build(W4A16, Scheme, key="quant")  # type: ignore[type-abstract]
-    return Planned(settings=settings, scheme=scheme, layers=())
+    return Planned(settings=settings, scheme=scheme, model="", layers=())
 
 
 def rows(kernel: str, *us: float, error: float = 1e-4) -> list[Row]:
@@ -59,6 +59,37 @@ def rows(kernel: str, *us: float, error: float = 1e-4) -> list[Row]:
 def test_what_has_no_kernels_is_refused(override: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Jobs().add(composed("kernels", "device=cpu", override), names={}, overrides=[])
+
+
+@pytest.fixture
+def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+@pytest.mark.usefixtures("_a_gpu")
+def test_a_models_layers_are_timed_as_they_are_stacked() -> None:
+    jobs = Jobs()
+    jobs.add(composed("kernels", "model=llama3_8b"), names={"model": "llama3_8b"}, overrides=[])
+    (planned,) = jobs.planned
+    assert planned.model == "llama3_8b"
+    # 32 query heads and twice 8 of keys and values, of 128; 14336 inside; 128256 tokens
+    assert {layer.name: (layer.k, layer.n) for layer in planned.layers} == {
+        "qkv": (4096, 6144),
+        "o": (4096, 4096),
+        "gate_up": (4096, 28672),
+        "down": (14336, 4096),
+        "lm_head": (4096, 128256),
+    }
+
+
+@pytest.mark.usefixtures("_a_gpu")
+def test_without_a_model_the_listed_layers_are_timed() -> None:
+    jobs = Jobs()
+    jobs.add(composed("kernels"), names={"model": "null"}, overrides=[])
+    (planned,) = jobs.planned
+    assert planned.model == ""
+    assert [layer.name for layer in planned.layers] == ["qkv", "o", "gate_up", "down"]
+    assert planned.layers[2] == Layer(name="gate_up", k=8192, n=57344)
 
 
 def test_a_row_holds_the_median_and_the_ends_of_the_replays() -> None:
