@@ -155,6 +155,8 @@ def check_fit(config: Config, folders: Sequence[Path]) -> None:
 
 def prompt_lengths(task: Task, folder: Path, prompts: Sequence[Prompt]) -> list[int]:
     """Tokens of every prompt's first turn. folder: of the target, for its tokenizer."""
+    if is_random(folder) and task.form == "plain":  # a token's text is its number
+        return [len(prompt.turns[0].split()) for prompt in prompts]
     from bench.load import load_tokenizer  # transformers takes seconds, a finished sweep none
 
     tokenizer = load_tokenizer(folder)

@@ -22,7 +22,7 @@ from bench.build import as_mapping, build, typed, without
 from bench.config import parse_model, plain_tree
 from bench.door import OK, UNFINISHED, collect
 from bench.kernel_timing import Layer, Product, Timings, copy_tb_per_s, products
-from bench.machine import check_machine
+from bench.machine import check_gpu, check_machine
 from methods.architecture import read_shape, stacked_shapes
 from methods.weights import read_config
 from quant.kernels.choice import missing
@@ -52,11 +52,16 @@ class Settings:
     rotated_bytes: int
 
     def __post_init__(self) -> None:
+        if torch.cuda.device_count() == 0:
+            raise ValueError(
+                "kernels are timed on a GPU, got none: all layers are kernel=reference"
+            )
         check_machine(device=self.device, dtype=self.dtype, threads=None)
         if self.dtype not in MOST_ERROR:
             raise ValueError(f"dtype must be one of {', '.join(MOST_ERROR)}, got {self.dtype!r}")
         if torch.device(self.device).type != "cuda":
             raise ValueError(f"device must be cuda, where kernels are, got {self.device!r}")
+        check_gpu(self.device)
         if not self.widths or min(self.widths) < 1 or self.repeats < 1:
             raise ValueError(
                 f"widths and repeats must be 1 or more, got {self.widths} and {self.repeats}"

@@ -118,7 +118,7 @@ def stored_tensors(shape: Shape, quantization: Quantization | None) -> tuple[Ten
     """Every tensor of a checkpoint, required and optional, where some layers may be quantised."""
     shapes = transformer_shapes(shape)
     if quantization is not None and quantization.fused:
-        shapes = _fused(shapes)
+        shapes = fused_shapes(shapes)
     required: Tensors = {}
     # Llama 2's files hold the plain frequencies, which config.json says better.
     optional: Tensors = {
@@ -144,7 +144,7 @@ def stored_tensors(shape: Shape, quantization: Quantization | None) -> tuple[Ten
     return required, optional
 
 
-def _fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def fused_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Put fused projections in the place of their parts."""
     fused: dict[str, tuple[int, ...]] = {}
     whole = {part: name for name, parts in FUSED.items() for part in parts}
