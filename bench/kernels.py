@@ -20,11 +20,12 @@ from omegaconf import DictConfig
 
 from bench.build import as_mapping, build, typed, without
 from bench.config import parse_model, plain_tree
-from bench.door import OK, UNFINISHED, collect
+from bench.door import OK, UNFINISHED, collect, unusable
 from bench.kernel_timing import Layer, Product, Timings, copy_tb_per_s, products
 from bench.machine import check_gpu, check_machine
 from methods.architecture import read_shape, stacked_shapes
 from methods.weights import read_config
+from quant.kernels import triton_cache
 from quant.kernels.choice import missing
 from quant.kernels.machine import machine_of
 from quant.kernels.table import Table, write_table
@@ -147,6 +148,7 @@ def _layers_of(model: object) -> tuple[Layer, ...]:
 
 
 def _work(jobs: Jobs) -> int:
+    triton_cache.prepare()
     rows: dict[Path, list[Row]] = {}
     whole = True
     for planned in jobs.planned:
@@ -240,7 +242,10 @@ def _keep(rows: Sequence[Row], planned: Planned, device: torch.device) -> None:
         return
     fastest = min(total, key=total.__getitem__)
     best = {planned.scheme.label: {f"{rows[0].k}x{rows[0].n}": {dtype: fastest}}}
-    write_table(Table(machine=machine_of(device), best=best))
+    try:
+        write_table(Table(machine=machine_of(device), best=best))
+    except OSError as error:
+        sys.stderr.write(f"note: kernel=auto will not know of it: {unusable(error)}\n")
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:

@@ -23,6 +23,7 @@ from methods.random_weights import is_random
 from methods.recipe import Parts
 from methods.transformer import Transformer
 from methods.values import read_json
+from quant.kernels import triton_cache
 from quant.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -53,8 +54,10 @@ class Loader:
         self.tokenizer = load_tokenizer(model.family.target)
         mark("tokenizer")
         self.device = torch.device(settings.device)
-        on_gpu = self.device.type == "cuda"
-        self.copy_tb_per_s = copy_tb_per_s(self.device, repeats=COPIES) if on_gpu else None
+        self.copy_tb_per_s = None
+        if self.device.type == "cuda":
+            triton_cache.prepare()
+            self.copy_tb_per_s = copy_tb_per_s(self.device, repeats=COPIES)
         mark("device")
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._texts: list[list[int]] | None = None
