@@ -190,3 +190,17 @@ def test_the_machine_says_how_much_memory_is_free() -> None:
     total = 1024 * int(text.partition("MemTotal:")[2].split()[0])
     assert have is not None
     assert 0 < have <= total
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("method", ["vanilla", "eagle2", "chain"])
+def test_no_more_is_asked_for_than_is_taken(world: list[str], method: str) -> None:
+    config = config_of(world, "device=cuda", "dtype=float16", f"method={method}")
+    need = needed(config, config.recipe.folders(config.model.family), 256)
+    loader = Loader(config)
+    torch.cuda.reset_peak_memory_stats()
+    made = loader.method(config)
+    made.prefill([1] * 256)
+    taken = torch.cuda.max_memory_allocated()
+    assert need.weights + need.caches < need.total <= taken

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -247,3 +249,33 @@ def test_a_torn_binary_is_compiled_anew(_torn_cache: Path, monkeypatch: pytest.M
     error = (kernel.fit(layer, torch.float16)(x).double() - expected).norm() / expected.norm()
     assert float(error) < ERRORS[torch.float16]
     assert relative_binaries(torn) >= binaries  # every torn one is there again
+
+
+TRITON = """
+import sys, torch
+from methods.fused import silu_mul
+from quant.kernels import triton_cache
+triton_cache.prepare()
+x = torch.linspace(-2, 2, 64, device="cuda").view(2, 32)
+gate, up = x.chunk(2, dim=1)
+assert torch.allclose(silu_mul(x), torch.nn.functional.silu(gate) * up, atol=1e-6)
+"""
+
+
+def test_a_torn_kernel_of_tritons_is_compiled_anew(tmp_path: Path) -> None:
+    def run() -> None:
+        env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", TRITON], env=env, check=True, timeout=120)
+
+    run()
+    torn = [
+        path
+        for kind in ("cubin", "json", "so")
+        for path in sorted(tmp_path.glob(f"*/*.{kind}"))[:1]
+    ]
+    assert {path.suffix for path in torn} >= {".cubin", ".json"}
+    for kept in torn:
+        whole = kept.read_bytes()
+        kept.write_bytes(whole[: len(whole) // 2])
+        run()
+        assert len(kept.read_bytes()) > len(whole) // 2
