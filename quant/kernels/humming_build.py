@@ -18,7 +18,6 @@ from torch import Tensor
 
 from quant.kernels.cache import cache_folder, is_whole_elf, temporary_folder, writable
 from quant.kernels.humming_layout import Config
-from quant.scheme import QuantLinear
 
 FOLDER = "humming"
 KEPT, LOCKS = "HUMMING_CACHE_DIR", "HUMMING_TMP_DIR"
@@ -55,10 +54,10 @@ def compiler_problem() -> str:
     return ""
 
 
-def retried(make: Callable[[], T], layer: QuantLinear) -> T:
+def retried(make: Callable[[], T], *, n: int, k: int) -> T:
     """Lay a layer out, from an empty folder of kept binaries where the one in use fails.
 
-    Raises ValueError where that fails as well.
+    n, k: the layer's, for the message. Raises ValueError where that fails as well.
     """
     try:
         return make()
@@ -73,8 +72,8 @@ def retried(make: Callable[[], T], layer: QuantLinear) -> T:
     except FAILURES as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"kernel=humming must compile N={layer.out_features}, K={layer.in_features}, got "
-            f"{reason}; kernel=torch or kernel=reference works"
+            f"kernel=humming must compile N={n}, K={k}, got {reason}; "
+            "kernel=torch or kernel=reference works"
         ) from error
 
 

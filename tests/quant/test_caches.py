@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant.dense import Dense
 from quant.kernels import cache, humming_build, triton_cache
 from quant.kernels.cache import cache_folder, writable
 from quant.kernels.humming_build import drop_torn
@@ -95,7 +94,6 @@ def test_humming_keeps_its_files_in_our_cache_where_nobody_says(
 
 
 def test_what_fails_twice_is_told_with_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = Dense().layer({"weight": torch.zeros(64, 128)})
     tries = []
     monkeypatch.setattr(humming_build, "_afresh", lambda: tries.append("afresh"))
 
@@ -105,9 +103,9 @@ def test_what_fails_twice_is_told_with_what_works(monkeypatch: pytest.MonkeyPatc
 
     told = "N=64, K=128, got CUDA error: device kernel image is invalid; kernel=torch or"
     with pytest.raises(ValueError, match=told):
-        humming_build.retried(make, layer)
+        humming_build.retried(make, n=64, k=128)
     assert tries == ["make", "afresh", "make"]
-    assert humming_build.retried(lambda: 5, layer) == 5
+    assert humming_build.retried(lambda: 5, n=64, k=128) == 5
 
 
 def test_memory_that_ran_out_is_no_broken_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +115,7 @@ def test_memory_that_ran_out_is_no_broken_cache(monkeypatch: pytest.MonkeyPatch)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        humming_build.retried(make, Dense().layer({"weight": torch.zeros(64, 128)}))
+        humming_build.retried(make, n=64, k=128)
 
 
 TRITON = {
