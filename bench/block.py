@@ -84,11 +84,12 @@ def check_schema(campaign: Path) -> None:
 
 
 def run_block(
-    block: Block, *, module: str, argv: Sequence[str], progress: bool
+    block: Block, *, module: str, argv: Sequence[str], progress: bool, command_s: float = 0.0
 ) -> dict[str, Status]:
     """Bring every arm of a block to an end; give how each ended.
 
-    module: the child's. argv: of the command, for the records. progress: draw bars.
+    module: the child's. argv: of the command, for the records. progress: draw bars. command_s: what
+    the command took before its first child, for the records.
     """
     scratch = block.campaign / SCRATCH / block.name
     scratch.mkdir(parents=True, exist_ok=True)
@@ -100,9 +101,16 @@ def run_block(
             else:
                 write_json(arm.folder / CELL, arm.cell)  # labels may have changed
         while live := [arm for arm in live if read_status(arm.folder) is None]:
-            job = _write_job(scratch, block, live, argv, progress=progress)
+            job = Job(
+                name=block.name,
+                arms=[_job_of(arm) for arm in live],
+                baseline=_baseline(block),
+                argv=list(argv),
+                progress=progress,
+                command_s=command_s,
+            )
             killed = _oom_kills()
-            code = _run_child(module, job, lock)
+            code = _run_child(module, _write_job(scratch, job), lock)
             _settle(scratch, live, code, oom_killed=_oom_kills() > killed)
         for file in (*scratch.glob("*.json"), *scratch.glob(CRASH)):
             file.unlink()
@@ -140,24 +148,20 @@ def _move_aside(folder: Path, block: Block) -> Path:
     return folder.rename(place / f"{folder.name}.{number}")
 
 
-def _write_job(
-    scratch: Path, block: Block, live: Sequence[Arm], argv: Sequence[str], *, progress: bool
-) -> Path:
-    baseline = next((arm for arm in block.arms if arm.name == block.baseline), None)
-    job = Job(
-        name=block.name,
-        arms=[
-            ArmJob(
-                folder=str(arm.folder.resolve()),
-                label=arm_label(arm.cell.method, arm.cell.draft_scheme),
-                config=arm.config,
-            )
-            for arm in live
-        ],
-        baseline=str(baseline.folder.resolve()) if baseline else "",
-        argv=list(argv),
-        progress=progress,
+def _job_of(arm: Arm) -> ArmJob:
+    return ArmJob(
+        folder=str(arm.folder.resolve()),
+        label=arm_label(arm.cell.method, arm.cell.draft_scheme),
+        config=arm.config,
     )
+
+
+def _baseline(block: Block) -> str:
+    found = (str(arm.folder.resolve()) for arm in block.arms if arm.name == block.baseline)
+    return next(found, "")
+
+
+def _write_job(scratch: Path, job: Job) -> Path:
     for leftover in (RUNNING, CRASH):
         (scratch / leftover).unlink(missing_ok=True)
     write_json(scratch / "block.json", asdict(job))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -22,18 +22,17 @@ from bench.answers import keep, read_answers, whole_prompts
 from bench.build import PACKAGES
 from bench.child import ArmJob, Child, run_child
 from bench.config import Config, parse
-from bench.context import note_graphs, run_name, write_context
+from bench.context import note_graphs, note_start, run_name, write_context
 from bench.load import Loader, context_of
 from bench.lossless import divergence
 from bench.record import RECORDS, Generation, append_line
 from bench.replayed import ending
+from bench.rounds import interleaved, torn_round
 from bench.score import judge, not_scored
 from bench.task import Prompt, Stopper, cut, encode, load
-from bench.timer import Timer
+from bench.timer import Stopwatch, Timer, Timing
 from methods.decode import Method, Output, generate
 from methods.graph import GRAPHS
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,23 +51,6 @@ class Arm:
         return Path(self.job.folder, RECORDS)
 
 
-def interleaved(arms: Sequence[T], number: int) -> list[T]:
-    """Order of the arms in round `number`: each order is followed by its reverse, then rotated."""
-    shift = number // 2 % len(arms)
-    order = [*arms[shift:], *arms[:shift]]
-    return order[::-1] if number % 2 else order
-
-
-def torn_round(whole: Sequence[set[str]]) -> set[str]:
-    """The one round that some arms have recorded and others not: a kill fell into its writing.
-
-    More than one such round is an arm that joined late or failed before; what the others have
-    then stands.
-    """
-    uneven = set[str].union(*whole) - set[str].intersection(*whole)
-    return uneven if len(uneven) == 1 else set()
-
-
 def seed_of(seed: int, prompt_id: str, turn: int) -> int:
     """Seed of one generation; the same for every arm."""
     name = f"{seed}/{prompt_id}/{turn}".encode()
@@ -78,34 +60,43 @@ def seed_of(seed: int, prompt_id: str, turn: int) -> int:
 def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
     """Bring every arm of the job to an end, or leave at the first that fails."""
     jobs = child.job.arms
+    watch = child.watch()
     child.announce(None, "loading the target")
     with child.charged(jobs, building=True):
         configs = [parse(job.config, packages=packages) for job in jobs]
         first = configs[0]
-        loader = Loader(first)
+        loader = Loader(first, mark=watch.mark)
         prompts = load(first.task)
     arms = []
     for job, config in zip(jobs, configs, strict=True):
         child.announce(job, "building")
         with child.charged([job], building=True):
-            write_context(Path(job.folder), loader.device, child.job.argv, loader.kernels)
+            write_context(Path(job.folder), loader.context(child.job.argv))
             method = loader.method(config)
             whole = whole_prompts(Path(job.folder, RECORDS), prompts)
             arms.append(Arm(job=job, config=config, method=method, whole=whole))
-    Block(child, loader, arms, prompts).run()
+    watch.mark("building")
+    Block(child, loader, arms, prompts, watch).run()
 
 
 class Block:
     """Arms that are ready, and the prompts that they go through together."""
 
     def __init__(
-        self, child: Child, loader: Loader, arms: list[Arm], prompts: list[Prompt]
+        self,
+        child: Child,
+        loader: Loader,
+        arms: list[Arm],
+        prompts: list[Prompt],
+        watch: Stopwatch,
     ) -> None:
+        """watch: runs since the process began; it is read at the first timed token."""
         self.child = child
         self.loader = loader
         self.arms = arms
         self.prompts = prompts
         self.timer = Timer(loader.device)
+        self.watch: Stopwatch | None = watch
         self.task = arms[0].config.task
         self.score = arms[0].config.score
         self.settings = arms[0].config.settings
@@ -175,6 +166,8 @@ class Block:
         if not self._fits(tokens):
             return answer
         missed = GRAPHS.missed
+        if self.watch is not None:
+            self.watch.mark("warm_up")
         self.timer.start()
         output = generate(
             arm.method,
@@ -185,6 +178,7 @@ class Block:
             mark=self.timer.mark,
         )
         timing = self.timer.stop()
+        self._started(timing)
         return replace(
             answer,
             status="ok",
@@ -197,6 +191,14 @@ class Block:
             wall_s=timing.wall_s,
             uncaptured=GRAPHS.missed - missed,
         )
+
+    def _started(self, timing: Timing) -> None:
+        """Note in every arm's cell, once, where the time to the first timed token went."""
+        if self.watch is not None:
+            self.watch.add("first_token", timing.first_end_s["commit"])
+            for arm in self.arms:
+                note_start(Path(arm.job.folder), self.watch.stage_s)
+            self.watch = None
 
     def _compare(self, arm: Arm, prompt: Prompt) -> None:
         """Note where the newest answer leaves vanilla's to the same tokens."""
@@ -239,6 +241,8 @@ class Block:
             self.child.announce(arm.job, "warm-up")
             with self.child.charged([arm.job], building=False):
                 arm.method.warm_up()
+                if self.watch is not None:
+                    self.watch.mark("captures")
                 note_graphs(Path(arm.job.folder), GRAPHS.captured, GRAPHS.reserved_bytes)
                 limit = min(self.settings.warmup_tokens, self.task.max_new_tokens)
                 tried = [attempt(arm.method, prompt, limit) for prompt in tokens]

@@ -175,6 +175,8 @@ def prompt_lengths(task: Task, folder: Path, prompts: Sequence[Prompt]) -> list[
 
     folder: of the target, for its tokenizer.
     """
+    if is_random(folder) and task.form == "plain":  # a token's text is its number
+        return [len(prompt.turns[0].split()) for prompt in prompts]
     from bench.load import load_tokenizer  # transformers takes seconds, a finished sweep none
 
     tokenizer = load_tokenizer(folder)

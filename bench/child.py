@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.record import STATUS, Status, write_json
 from methods.values import read_json
+
+if TYPE_CHECKING:
+    from bench.timer import Stopwatch
 
 AGAIN = 75  # exit code: an arm has ended badly, start a fresh process for the rest
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
@@ -35,13 +38,17 @@ class ArmJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a child is asked for. baseline: folder of the arm to compare with, or empty."""
+    """What a child is asked for. baseline: folder of the arm to compare with, or empty.
+
+    command_s: seconds that the command took before its first child.
+    """
 
     name: str
     arms: list[ArmJob]
     baseline: str
     argv: list[str]
     progress: bool
+    command_s: float = 0.0
 
 
 class Child:
@@ -50,6 +57,17 @@ class Child:
     def __init__(self, job: Job, scratch: Path) -> None:
         self.job = job
         self._scratch = scratch
+
+    def watch(self) -> "Stopwatch":
+        """Start to charge this process's time to stages: the command's, then our imports."""
+        from bench.timer import (
+            Stopwatch,
+        )  # torch takes seconds, and not every child has work for it
+
+        watch = Stopwatch()
+        watch.add("command", self.job.command_s)
+        watch.mark("imports")
+        return watch
 
     def announce(self, arm: ArmJob | None, doing: str) -> None:
         """Say what comes next. arm: None is what all of them share."""

@@ -31,11 +31,16 @@ NVIDIA = ("driver_version", "clocks.sm", "clocks.mem", "power.limit", "temperatu
 
 
 def context(
-    device: torch.device, argv: Sequence[str], kernels: Mapping[str, str]
+    device: torch.device,
+    argv: Sequence[str],
+    kernels: Mapping[str, str],
+    *,
+    copy_tb_per_s: float | None = None,
 ) -> dict[str, Any]:
     """Describe this process and its machine.
 
     argv: of the command that asked for the work. kernels: of the target's layers, by shape.
+    copy_tb_per_s: what the device's own copy reads and writes, measured in this process.
     """
     return {
         "schema": SCHEMA,
@@ -49,6 +54,7 @@ def context(
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "kernels": dict(kernels),
+        "copy_tb_per_s": copy_tb_per_s,
         **checkout(ROOT),
         "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],
     }
@@ -59,15 +65,12 @@ def run_name() -> str:
     return f"{datetime.now(UTC).isoformat(timespec='seconds')}/{os.getpid()}"
 
 
-def write_context(
-    folder: Path, device: torch.device, argv: Sequence[str], kernels: Mapping[str, str]
-) -> None:
+def write_context(folder: Path, now: dict[str, Any]) -> None:
     """Write a cell's context.json, and note there that its records are gone on with.
 
     Records of another machine, or of other kernels, are no part of the cell: they are dropped.
     """
     path, records = folder / CONTEXT, folder / RECORDS
-    now = context(device, argv, kernels)
     if path.exists() and records.exists():
         before = read_json(path)
         if same_machine(before, now):
@@ -79,8 +82,17 @@ def write_context(
 
 def note_graphs(folder: Path, captured: int, reserved_bytes: int) -> None:
     """Note in a cell's context.json how many CUDA graphs its process has, and their memory."""
-    graphs = {"captured": captured, "reserved_bytes": reserved_bytes}
-    write_json(folder / CONTEXT, read_json(folder / CONTEXT) | {"graphs": graphs})
+    _note(folder, graphs={"captured": captured, "reserved_bytes": reserved_bytes})
+
+
+def note_start(folder: Path, stage_s: Mapping[str, float]) -> None:
+    """Note in a cell's context.json where the time to the first timed token went, by stage.
+
+    In order: command (until it starts a child), imports, tokenizer, device, then of every layer
+    weights (read or drawn), rounding, and kernels or layout (`methods.packer.Packer`); building,
+    captures (of graphs), warm_up, first_token. The cost door ends with captures.
+    """
+    _note(folder, start_s={stage: round(s, 4) for stage, s in stage_s.items()})
 
 
 def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -103,6 +115,10 @@ def checkout(root: Path) -> dict[str, Any]:
         "dirty": None if status is None else bool(status.strip()),
         "diff_sha256": None if diff is None else hashlib.sha256(diff.encode()).hexdigest(),
     }
+
+
+def _note(folder: Path, **facts: object) -> None:
+    write_json(folder / CONTEXT, read_json(folder / CONTEXT) | facts)
 
 
 def _device(device: torch.device) -> dict[str, Any]:

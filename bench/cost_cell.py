@@ -14,7 +14,7 @@ from tqdm import tqdm
 from bench.build import PACKAGES
 from bench.child import ArmJob, Child, run_child
 from bench.config import Config, Costing, parse
-from bench.context import context
+from bench.context import note_start
 from bench.load import Loader
 from bench.measure import Case, draft_case, measure, verify_cases
 from bench.record import CONTEXT, RECORDS, Cost, Status, write_json, write_lines
@@ -26,27 +26,32 @@ from methods.vanilla import Vanilla
 def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
     """Bring every arm of the job to an end, or leave at the first that fails."""
     jobs = child.job.arms
+    watch = child.watch()
     child.announce(None, "loading the target")
     with child.charged(jobs, building=True):
         configs = [parse(job.config, packages=packages) for job in jobs]
         first = configs[0]
         assert first.cost is not None
         seed = first.settings.seed
-        loader = Loader(first)
+        loader = Loader(first, mark=watch.mark)
         tokens = text_tokens(first, loader, max(first.cost.contexts))
         plain = Vanilla().method(loader.parts(first))
     arms = []
     for job, config in zip(jobs, configs, strict=True):
         child.announce(job, "building")
         with child.charged([job], building=True):
-            told = context(loader.device, child.job.argv, loader.kernels)
-            write_json(Path(job.folder) / CONTEXT, told)
+            write_json(Path(job.folder) / CONTEXT, loader.context(child.job.argv))
             own = None if isinstance(config.recipe, Vanilla) else loader.method(config)
             arms.append((job, own))
+    watch.mark("building")
     records: dict[str, list[Cost]] = defaultdict(list)
     for length in tqdm(first.cost.contexts, desc=child.job.name, disable=not child.job.progress):
         text = _own_text(plain, tokens[:length], own=first.cost.repeats * first.cost.catch_up)
         cases = _cases(child, loader, arms, text, first.cost, seed)
+        if not records:  # the first timing comes next
+            watch.mark("captures")
+            for job, _ in arms:
+                note_start(Path(job.folder), watch.stage_s)
         child.announce(None, f"timing at context {length}")
         with child.charged(jobs, building=False):
             taken = measure(

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from bench.age import process_age_s
 from bench.block import Block, is_finished, run_block
 from bench.build import ROOT
 from bench.record import Status
@@ -101,6 +102,7 @@ def collect(name: str, make: Callable[[], C], *, finish: Callable[[C], int]) -> 
 def execute(plan: Plan, *, module: str, show: Show | None = None) -> int:
     """Run planned blocks one after the other; say how every cell ended; give the exit code."""
     blocks = plan.blocks()
+    planned_s = process_age_s()
     for note in plan.notes:
         sys.stderr.write(f"note: {note}\n")
     ended: dict[str, str] = {}
@@ -108,7 +110,7 @@ def execute(plan: Plan, *, module: str, show: Show | None = None) -> int:
     cells = sum(len(block.arms) for block in blocks)
     with tqdm(desc="cells", total=cells, position=0, disable=not progress) as bar:
         for block in blocks:
-            ended |= _run(block, module, progress=progress)
+            ended |= _run(block, module, progress=progress, planned_s=planned_s)
             bar.update(len(block.arms))
     for name, state in ended.items():
         sys.stdout.write(f"{name}: {state}\n")
@@ -127,11 +129,13 @@ def unusable(error: OSError) -> str:
     return f"{error.filename} must be readable and writable where it is used: {error.strerror}"
 
 
-def _run(block: Block, module: str, *, progress: bool) -> dict[str, str]:
+def _run(block: Block, module: str, *, progress: bool, planned_s: float) -> dict[str, str]:
     skipped = [arm.name for arm in block.arms if is_finished(arm)]
     if len(skipped) == len(block.arms):
         return dict.fromkeys(skipped, "finished, skipped")
-    statuses = run_block(block, module=module, argv=sys.argv, progress=progress)
+    statuses = run_block(
+        block, module=module, argv=sys.argv, progress=progress, command_s=planned_s
+    )
     if not progress:
         states = (
             f"{arm_label(arm.cell.method, arm.cell.draft_scheme)} {statuses[arm.name].state}"

@@ -1,17 +1,31 @@
-"""Whether the kernels that a cell names can run, looked at before weights are read."""
+"""Whether a machine and a cell's layers suit its schemes and kernels: looked at before weights are.
+
+Every part is looked at, the target's layers as they are stacked, those of heads and smaller models
+as well. What does not fit is one line that ends with the nearest choice that does.
+
+Letters: K in-features, N out-features.
+"""
 
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from pathlib import Path
 
 import torch
 
+from bench.build import ROOT, build, named_node
 from bench.config import Config
-from methods.architecture import read_shape
-from methods.transformer import Shape
-from methods.weights import read_config
+from bench.machine import check_gpu
+from bench.schemes import DRAFT_LM_HEAD, DRAFT_SCHEME, LM_HEAD
+from methods.architecture import fused_shapes, read_shape, stacked_shapes
+from methods.checkpoint import quantization_of
+from methods.head_shapes import EMBEDDING
+from methods.head_shapes import LM_HEAD as HEAD_OUTPUT
+from methods.weights import Weights, read_config
 from quant.kernels.choice import missing, named
-from quant.scheme import AUTO, REFERENCE, Scheme
+from quant.scheme import AUTO, REFERENCE, QuantLinear, Scheme
 
 # A process of its own: a CUDA context in the parent would take memory from its children.
 PROBE = (
@@ -19,19 +33,70 @@ PROBE = (
     "print(missing(sys.argv[1], torch.device(sys.argv[2])))"
 )
 ROWS = 64  # of the slice that shows whether a kernel takes a layer: every kernel's unit of N
+GROUPS = (128, 64, 32, 16, -1)  # sizes of a group that are offered, the nearest first
+
+Shape = tuple[int, int]  # [N, K]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Layers of one scheme. key: that chooses the scheme. shapes: by name."""
+
+    key: str
+    scheme: Scheme
+    shapes: Mapping[str, Shape]
 
 
 def check_kernels(config: Config) -> None:
-    """Check every named kernel against the machine, and the target's against its layers."""
-    own, settings = config.schemes, config.settings
+    """Check the GPU, and every kernel that is named against it."""
+    own, device = config.schemes, config.settings.device
+    check_gpu(device)
     for scheme in filter(None, (own.target, own.lm_head, own.draft, own.draft_lm_head)):
-        if scheme.kernel not in (AUTO, REFERENCE) and (
-            reason := lacking(scheme.kernel, settings.device)
-        ):
+        if scheme.kernel not in (AUTO, REFERENCE) and (reason := lacking(scheme.kernel, device)):
             raise ValueError(reason)
-    if own.target.kernel not in (AUTO, REFERENCE) and not own.target.as_stored:
-        shape = read_shape(read_config(config.model.family.target))
-        _check_layers(own.target, shape, getattr(torch, settings.dtype))
+
+
+def check_layers(config: Config, folders: Sequence[Path]) -> None:
+    """Check every layer against its scheme and a kernel that is named. folders: of the method."""
+    dtype: torch.dtype = getattr(torch, config.settings.dtype)
+    for part in parts(config, folders):
+        for name, (n, k) in part.shapes.items():
+            layer = f"{part.key}: {name} of K={k}, N={n}"
+            try:
+                taken = sample(part.scheme, n, k)
+            except ValueError as error:
+                raise ValueError(f"{layer}: {error}; {_nearest(part)} works") from error
+            kernel = part.scheme.kernel
+            if kernel not in (AUTO, REFERENCE) and (reason := named(kernel).unfit(taken, dtype)):
+                raise ValueError(f"{layer}: {reason}")
+
+
+def parts(config: Config, folders: Sequence[Path]) -> Iterator[Part]:
+    """Every scheme that will round layers, with the layers. folders: of the method."""
+    schemes, family = config.schemes, config.model.family
+    yield from _model(family.target, schemes.target, schemes.lm_head, ("quant", f"quant.{LM_HEAD}"))
+    drafts = (f"method.{DRAFT_SCHEME}", f"method.{DRAFT_LM_HEAD}")
+    own = schemes.draft_lm_head or schemes.dense
+    for folder in folders:
+        if family.small is not None and folder == family.small.target:
+            yield from _model(folder, schemes.draft, own, drafts)
+            continue
+        shapes = _head(folder)
+        output = shapes.pop(HEAD_OUTPUT, None)
+        yield Part(key=drafts[0], scheme=schemes.draft, shapes=shapes)
+        if output is not None:
+            yield Part(key=drafts[1], scheme=own, shapes={HEAD_OUTPUT: output})
+
+
+@cache
+def sample(scheme: Scheme, n: int, k: int) -> QuantLinear:
+    """Make a few rows of a layer in a scheme; ValueError where it cannot hold such a layer.
+
+    What schemes and kernels ask of N is a multiple: rows with the same remainder stand for all.
+    """
+    rows = torch.randn(ROWS + n % ROWS, k, generator=torch.Generator().manual_seed(0))
+    absmax = torch.ones(k) if scheme.needs_absmax else None
+    return scheme.layer(scheme.unsearched.pack(rows, absmax))
 
 
 @cache
@@ -44,17 +109,45 @@ def lacking(kernel: str, device: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _check_layers(scheme: Scheme, shape: Shape, dtype: torch.dtype) -> None:
-    kernel = named(scheme.kernel)
-    heads = shape.num_heads * shape.head_dim
-    for k, n in (  # as they are stacked
-        (shape.hidden_size, heads + 2 * shape.num_kv_heads * shape.head_dim),
-        (heads, shape.hidden_size),
-        (shape.hidden_size, 2 * shape.intermediate_size),
-        (shape.intermediate_size, shape.hidden_size),
-    ):
-        # What a kernel asks of N is a multiple: a few rows with the same remainder stand for all.
-        rows = torch.randn(ROWS + n % ROWS, k, generator=torch.Generator().manual_seed(0))
-        absmax = torch.ones(k) if scheme.needs_absmax else None
-        if reason := kernel.unfit(scheme.layer(scheme.pack(rows, absmax)), dtype):
-            raise ValueError(f"a layer of K={k}, N={n}: {reason}")
+def _model(folder: Path, scheme: Scheme, lm_head: Scheme, keys: tuple[str, str]) -> Iterator[Part]:
+    """A whole model's; nothing of one whose layers are taken as they are stored."""
+    if quantization_of(folder) is not None:
+        return
+    shapes = stacked_shapes(read_shape(read_config(folder)))
+    output = shapes.pop("lm_head")
+    for key, own, layers in ((keys[0], scheme, shapes), (keys[1], lm_head, {"lm_head": output})):
+        if not own.as_stored:
+            yield Part(key=key, scheme=own, shapes=layers)
+
+
+def _head(folder: Path) -> dict[str, Shape]:
+    """Matrices of a draft head, as they are stacked; its embedding is none."""
+    weights = Weights(folder)
+    sizes = {name: weights.spec(name).shape for name in weights.keys() - {EMBEDDING}}
+    stacked = fused_shapes({name: size for name, size in sizes.items() if len(size) == 2})
+    return {name: (size[0], size[1]) for name, size in sorted(stacked.items())}
+
+
+def _nearest(part: Part) -> str:
+    """The same scheme in other groups, where its key can say so; else another one that fits."""
+    if part.key == "quant" and any(field.name == "group_size" for field in fields(part.scheme)):
+        for size in GROUPS:
+            other = replace(part.scheme, group_size=size)  # type: ignore[call-arg]
+            if _holds(other, part.shapes):
+                return f"{part.key}.group_size={size}"
+    fitting = []
+    for path in sorted((ROOT / "conf" / "quant").glob("*.yaml")):
+        scheme = build(named_node("quant", path.stem, key="quant"), Scheme, key="quant")  # type: ignore[type-abstract]
+        if not scheme.as_stored and _holds(scheme, part.shapes):
+            size = sum(sample(scheme, n, k).weight_bytes for n, k in part.shapes.values())
+            fitting.append((size, path.stem))
+    return f"{part.key}={min(fitting)[1]}"  # dense holds all
+
+
+def _holds(scheme: Scheme, shapes: Mapping[str, Shape]) -> bool:
+    try:
+        for n, k in shapes.values():
+            sample(scheme, n, k)
+    except ValueError:
+        return False
+    return True

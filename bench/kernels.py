@@ -2,6 +2,7 @@
 
     specquant kernels quant=w4a16
     specquant kernels -m quant=dense,w8a8,fp8,w4a16,w4a8_qqq dtype=bfloat16
+    specquant kernels -m quant=w4a16 model=llama3_8b,llama3_70b
 
 `python -m bench.kernels` does the same. Every product is checked against float64 in the same run;
 one that is off is told and never chosen.
@@ -18,10 +19,13 @@ import torch
 from omegaconf import DictConfig
 
 from bench.build import as_mapping, build, typed, without
-from bench.config import plain_tree
-from bench.door import OK, UNFINISHED, collect
+from bench.config import parse_model, plain_tree
+from bench.door import OK, UNFINISHED, collect, unusable
 from bench.kernel_timing import Layer, Product, Timings, copy_tb_per_s, products
-from bench.machine import check_machine
+from bench.machine import check_gpu, check_machine
+from methods.architecture import read_shape, stacked_shapes
+from methods.weights import read_config
+from quant.kernels import triton_cache
 from quant.kernels.choice import missing
 from quant.kernels.machine import machine_of
 from quant.kernels.table import Table, write_table
@@ -49,11 +53,16 @@ class Settings:
     rotated_bytes: int
 
     def __post_init__(self) -> None:
+        if torch.cuda.device_count() == 0:
+            raise ValueError(
+                "kernels are timed on a GPU, got none: all layers are kernel=reference"
+            )
         check_machine(device=self.device, dtype=self.dtype, threads=None)
         if self.dtype not in MOST_ERROR:
             raise ValueError(f"dtype must be one of {', '.join(MOST_ERROR)}, got {self.dtype!r}")
         if torch.device(self.device).type != "cuda":
             raise ValueError(f"device must be cuda, where kernels are, got {self.device!r}")
+        check_gpu(self.device)
         if not self.widths or min(self.widths) < 1 or self.repeats < 1:
             raise ValueError(
                 f"widths and repeats must be 1 or more, got {self.widths} and {self.repeats}"
@@ -62,17 +71,19 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """One scheme's layers to be timed."""
+    """One scheme's layers to be timed. model: that they are of; empty where conf/ lists them."""
 
     settings: Settings
     scheme: Scheme
+    model: str
     layers: tuple[Layer, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of kernels.csv; M tokens."""
+    """One line of kernels.csv; M tokens. model: as of `Planned`."""
 
+    model: str
     scheme: str
     dtype: str
     kernel: str
@@ -99,14 +110,20 @@ class Jobs:
     ) -> None:
         """Check one; ValueError where something is wrong with it."""
         tree = plain_tree(config)
-        settings = typed(without(tree, "quant", "layers"), Settings, key="")
+        settings = typed(without(tree, "quant", "model", "layers"), Settings, key="")
         scheme = build(tree["quant"], Scheme, key="quant")  # type: ignore[type-abstract]
         if scheme.as_stored:
             raise ValueError("quant must be a format of its own, got checkpoint")
         if reason := missing(scheme.kernel, torch.device(settings.device)):
             raise ValueError(reason)
+        own = "model" in tree
         self.planned.append(
-            Planned(settings=settings, scheme=scheme, layers=_layers(tree["layers"]))
+            Planned(
+                settings=settings,
+                scheme=scheme,
+                model=names["model"] if own else "",
+                layers=_layers_of(tree["model"]) if own else _layers(tree["layers"]),
+            )
         )
 
 
@@ -123,7 +140,15 @@ def _layers(node: object) -> tuple[Layer, ...]:
     )
 
 
+def _layers_of(model: object) -> tuple[Layer, ...]:
+    """Layers of a model's target, by its config.json alone."""
+    folder = parse_model(model).family.target
+    shapes = stacked_shapes(read_shape(read_config(folder)))
+    return tuple(Layer(name=name, k=k, n=n) for name, (n, k) in shapes.items())
+
+
 def _work(jobs: Jobs) -> int:
+    triton_cache.prepare()
     rows: dict[Path, list[Row]] = {}
     whole = True
     for planned in jobs.planned:
@@ -172,6 +197,7 @@ def _rows(planned: Planned, layer: Layer, product: Product, copied: float) -> It
         median = ordered[len(ordered) // 2]
         told.append(f"{m}: {median:.1f}")
         yield Row(
+            model=planned.model,
             scheme=planned.scheme.label,
             dtype=planned.settings.dtype,
             kernel=product.kernel,
@@ -216,7 +242,10 @@ def _keep(rows: Sequence[Row], planned: Planned, device: torch.device) -> None:
         return
     fastest = min(total, key=total.__getitem__)
     best = {planned.scheme.label: {f"{rows[0].k}x{rows[0].n}": {dtype: fastest}}}
-    write_table(Table(machine=machine_of(device), best=best))
+    try:
+        write_table(Table(machine=machine_of(device), best=best))
+    except OSError as error:
+        sys.stderr.write(f"note: kernel=auto will not know of it: {unusable(error)}\n")
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:

@@ -1,8 +1,9 @@
 """What the arms of a block share, each loaded once: tokenizer, target, smaller models."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -11,15 +12,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from bench.config import Config, Settings
+from bench.context import context
+from bench.kernel_timing import copy_tb_per_s
 from bench.schemes import Schemes
 from bench.source import read_file
 from methods.calibrate import load_calibrated
 from methods.checkpoint import check_transformer, stored_in
-from methods.decode import Method
+from methods.decode import Mark, Method, unmarked
 from methods.random_weights import is_random
 from methods.recipe import Parts
 from methods.transformer import Transformer
 from methods.values import read_json
+from quant.kernels import triton_cache
 from quant.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
 # What transformers raises on files that are torn or no tokenizer's.
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+COPIES = 15  # timings of the device's own copy
 # Classes that are nothing but their tokenizer.json.
 PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -35,15 +40,25 @@ PLAIN = ("PreTrainedTokenizerFast", "TokenizersBackend")
 class Loader:
     """Loads a target at once and smaller models when they are asked for."""
 
-    def __init__(self, config: Config) -> None:
-        """config: of any arm; what it says of its method does not matter here."""
+    def __init__(self, config: Config, *, mark: Mark = unmarked) -> None:
+        """config: of any arm; what it says of its method does not matter here.
+
+        mark: told `tokenizer`, `device`, and what a `Packer` tells.
+        """
         model, schemes, settings = config.model, config.schemes, config.settings
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self.model = model
         self._schemes = schemes
-        self.device = torch.device(settings.device)
+        self._mark = mark
         self.tokenizer = load_tokenizer(model.family.target)
+        mark("tokenizer")
+        self.device = torch.device(settings.device)
+        self.copy_tb_per_s = None
+        if self.device.type == "cuda":
+            triton_cache.prepare()
+            self.copy_tb_per_s = copy_tb_per_s(self.device, repeats=COPIES)
+        mark("device")
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._texts: list[list[int]] | None = None
         self._loaded: dict[tuple[Path, Scheme, Scheme], Transformer] = {}
@@ -56,6 +71,10 @@ class Loader:
         for layer in self.target.linears.values():
             found[f"{layer.in_features}x{layer.out_features}"].add(layer.kernel)
         return {shape: "+".join(sorted(names)) for shape, names in sorted(found.items())}
+
+    def context(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Describe this process and its machine. argv: of the command that asked for the work."""
+        return context(self.device, argv, self.kernels, copy_tb_per_s=self.copy_tb_per_s)
 
     def method(self, config: Config) -> Method:
         """Join a method's settings to loaded models."""
@@ -96,6 +115,7 @@ class Loader:
                 dtype=self._dtype,
                 device=self.device,
                 texts=self._calibration() if scheme.needs_absmax or lm_head.needs_absmax else [],
+                mark=self._mark,
             )
         return self._loaded[key]
 

@@ -1,62 +1,72 @@
-"""What a cell's weights and caches take at least, from files alone, beside what the device has.
+"""What a cell takes of its device at least, from files alone, beside what the device has.
 
-A lower bound: activations, masks and what an allocator rounds up are not in it. So what is refused
-here could not have run, and what passes may still run out of memory.
+A lower bound: masks, graphs and what an allocator rounds up are not in it. So what is refused here
+could not have run, and what passes may still run out of memory.
 
-Letters: N out-features, K in-features.
+Letters: N out-features, K in-features, D hidden, I inner width of the feed-forward layer.
 """
 
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
 
+from bench import gpu
 from bench.build import ROOT, build, named_node
-from bench.config import Config
-from methods.architecture import EMBEDDING, read_shape, transformer_shapes
+from bench.config import Config, parse_model
+from bench.machine import index_of
+from methods.architecture import EMBEDDING, read_shape, stacked_shapes, transformer_shapes
 from methods.checkpoint import quantization_of
+from methods.decode import PREFILL_CHUNK
+from methods.head_shapes import EAGLE3_PREFIX, FC, LM_HEAD
 from methods.head_shapes import EMBEDDING as HEAD_EMBEDDING
-from methods.head_shapes import LM_HEAD
 from methods.weights import Weights, read_config
-from quant.scheme import Scheme
+from quant.scheme import REFERENCE, Scheme
 
 GIB = 2**30
 ROWS = 32  # of the slice that a scheme packs to show its size
 MEMINFO = Path("/proc/meminfo")
-# A process of its own: a CUDA context in the parent would take memory from its children.
-FREE_ON_GPU = "import sys, torch; print(torch.cuda.mem_get_info(int(sys.argv[1]))[0])"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """Bytes of weights, and of caches and features for each token of the context."""
+    """Bytes of weights; of caches and features for each token of the context; of activations.
+
+    workspace: of what one layer computes while a prompt is read.
+    """
 
     weights: int
     per_token: int
     context: int
+    workspace: int
+
+    @property
+    def caches(self) -> int:
+        """Bytes of caches and features."""
+        return self.per_token * self.context
 
     @property
     def total(self) -> int:
         """Bytes of everything."""
-        return self.weights + self.per_token * self.context
+        return self.weights + self.caches + self.workspace
+
+    def context_within(self, have: int) -> int:
+        """The largest context for which `have` bytes suffice, if it reads as many at once."""
+        return (have - self.weights - self.workspace) // self.per_token
 
 
 def available(device: str) -> int | None:
     """Bytes that are free on a device; None where nobody says."""
-    kind, _, index = device.partition(":")
-    if kind == "cuda":
-        line = [sys.executable, "-c", FREE_ON_GPU, index or "0"]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-        return int(done.stdout) if done.returncode == 0 else None
+    if torch.device(device).type == "cuda":
+        found = gpu.ask(index_of(device))
+        return None if found is None else found.free_bytes
     if not MEMINFO.is_file():
         return None
     lines = MEMINFO.read_text(encoding="ascii").splitlines()
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
+    said = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(said[0]) * 1024 if said else None
 
 
 def needed(config: Config, folders: Sequence[Path], positions: int) -> Need:
@@ -66,7 +76,6 @@ def needed(config: Config, folders: Sequence[Path], positions: int) -> Need:
     """
     schemes, family = config.schemes, config.model.family
     dtype: torch.dtype = getattr(torch, config.settings.dtype)
-    context = _context(config, positions)
     weights = _model_bytes(family.target, schemes.target, schemes.lm_head, dtype)
     per_token = _cache_bytes(family.target, dtype)
     for folder in folders:
@@ -76,7 +85,13 @@ def needed(config: Config, folders: Sequence[Path], positions: int) -> Need:
             per_token += _cache_bytes(folder, dtype)
         else:
             weights += _head_bytes(folder, schemes.draft, own, dtype)
-    return Need(weights=weights, per_token=per_token, context=context)
+            per_token += _head_token_bytes(folder, dtype)
+    return Need(
+        weights=weights,
+        per_token=per_token,
+        context=_context(config, positions),
+        workspace=_workspace_bytes(config, positions, dtype),
+    )
 
 
 def _context(config: Config, positions: int) -> int:
@@ -92,36 +107,79 @@ def misfit(config: Config, folders: Sequence[Path], positions: int, *, have: int
     need = needed(config, folders, positions)
     if have is None or need.total <= have:
         return ""
+    choices = (
+        _contexts(config, need, have),
+        _other_schemes(config, folders, need, have),
+        _other_models(config, need, have),
+    )
     return (
-        f"memory: {gib(need.total)} are needed at least, {gib(need.weights)} of weights and "
-        f"{gib(need.total - need.weights)} of caches for a context of {need.context}; "
-        f"{config.settings.device} has {gib(have)}: {_nearest(config, folders, need, have)}"
+        f"memory: {gib(need.total)} are needed at least, {gib(need.weights)} of weights, "
+        f"{gib(need.caches)} of caches for a context of {need.context} and {gib(need.workspace)} "
+        f"of activations; {config.settings.device} has {gib(have)}: "
+        f"{next(filter(None, choices), 'nothing here fits')}"
     )
 
 
-def _nearest(config: Config, folders: Sequence[Path], need: Need, have: int) -> str:
-    """The same with a shorter context, where an answer fits into it; else a smaller scheme."""
-    left = (have - need.weights) // need.per_token
-    if config.cost is None and left > config.task.max_new_tokens:
-        return f"context={left} fits"
-    target = config.model.family.target
-    if quantization_of(target) is not None:
-        return "nothing here fits"  # as it is stored, and that was too much
-    fitting = []
-    for path in sorted((ROOT / "conf" / "quant").glob("*.yaml")):
-        node = named_node("quant", path.stem, key="quant")
-        scheme = build(node, Scheme, key="quant")  # type: ignore[type-abstract]
-        other = replace(config, schemes=replace(config.schemes, target=scheme))
-        try:
-            total = needed(other, folders, need.context).total
-        except ValueError:  # the shapes do not suit that scheme, so it is no choice
+def _contexts(config: Config, need: Need, have: int) -> str:
+    """The same with a shorter context, where an answer fits into it."""
+    left = need.context_within(have)
+    if config.cost is None:
+        return f"context={left} fits" if left > config.task.max_new_tokens else ""
+    cost = config.cost
+    longest = left // max(cost.batches) - max(cost.widths)
+    least = cost.repeats * cost.catch_up
+    return f"cost.contexts=[{longest}] fits" if longest > least else ""
+
+
+def _other_schemes(config: Config, folders: Sequence[Path], need: Need, have: int) -> str:
+    """The same with what drafts, or else the target, in a smaller scheme."""
+    for key in ("method.draft_scheme", "quant"):
+        part = "draft" if key != "quant" else "target"
+        if part == "draft" and not folders:
             continue
-        if total <= have:
-            fitting.append((total, path.stem))
-    if not fitting:
-        return "nothing here fits"
+        if part == "target" and quantization_of(config.model.family.target) is not None:
+            continue  # as it is stored
+        fitting: list[tuple[int, str]] = []
+        for path in sorted((ROOT / "conf" / "quant").glob("*.yaml")):
+            node = named_node("quant", path.stem, key="quant")
+            scheme = build(node, Scheme, key="quant")  # type: ignore[type-abstract]
+            other = replace(config, schemes=replace(config.schemes, **{part: scheme}))
+            fitting += _within(other, folders, need.context, have, f"{key}={path.stem}")
+        if fitting:
+            return _largest(fitting)
+    return ""
+
+
+def _other_models(config: Config, need: Need, have: int) -> str:
+    """The same method over a smaller model that is here."""
+    fitting: list[tuple[int, str]] = []
+    for path in sorted((ROOT / "conf" / "model").glob("*.yaml")):
+        model = parse_model(named_node("model", path.stem, key="model"))
+        other = replace(config, model=model)
+        if model.weights == config.model.weights and model.family.target.is_dir():
+            try:
+                folders = config.recipe.folders(model.family)
+            except ValueError:  # a family that lacks what the method reads is no choice
+                continue
+            fitting += _within(other, folders, need.context, have, f"model={path.stem}")
+    return _largest(fitting) if fitting else ""
+
+
+def _within(
+    config: Config, folders: Sequence[Path], context: int, have: int, name: str
+) -> Iterator[tuple[int, str]]:
+    """Give another choice's bytes and name, where it fits."""
+    try:
+        total = needed(config, folders, context).total
+    except ValueError:  # the shapes do not suit that scheme, so it is no choice
+        return
+    if total <= have:
+        yield total, name
+
+
+def _largest(fitting: Iterable[tuple[int, str]]) -> str:
     total, name = max(fitting)
-    return f"quant={name} fits with {gib(total)}"
+    return f"{name} fits with {gib(total)}"
 
 
 def _model_bytes(folder: Path, scheme: Scheme, lm_head: Scheme, dtype: torch.dtype) -> int:
@@ -152,6 +210,35 @@ def _head_bytes(folder: Path, scheme: Scheme, lm_head: Scheme, dtype: torch.dtyp
     return total
 
 
+def _head_token_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """A draft head's keys and values of one token, and the features that it wants to know of it."""
+    weights = Weights(folder)
+    matrices = {name: weights.spec(name).shape for name in weights}
+    values = sum(2 * size[0] for name, size in matrices.items() if name.endswith("k_proj.weight"))
+    features = 0
+    if FC in matrices:  # elsewhere by another name: then they are left out
+        hidden, k = matrices[FC]
+        features = k if any(name.startswith(EAGLE3_PREFIX) for name in weights) else k - hidden
+    return _plain_bytes((values + features,), dtype)
+
+
+def _workspace_bytes(config: Config, positions: int, dtype: torch.dtype) -> int:
+    """What stands at once behind a feed-forward layer's gate, and a weight that is opened."""
+    folder, scheme = config.model.family.target, config.schemes.target
+    shape = read_shape(read_config(folder))
+    if config.cost is None:
+        n = min(config.settings.context or positions, PREFILL_CHUNK)
+    else:
+        n = max(config.cost.batches) * max(config.cost.contexts)
+    activations = _plain_bytes((n, 3 * shape.intermediate_size + 4 * shape.hidden_size), dtype)
+    by_torch = scheme.kernel == REFERENCE or config.settings.device == "cpu"
+    opens = by_torch and not scheme.activation_format and not scheme.as_stored
+    if scheme.label == config.schemes.dense.label or not opens:
+        return activations
+    layers = stacked_shapes(shape)
+    return activations + max(_plain_bytes(layers[name], dtype) for name in ("gate_up", "down"))
+
+
 def _cache_bytes(folder: Path, dtype: torch.dtype) -> int:
     """Keys and values of one token."""
     shape = read_shape(read_config(folder))
@@ -164,7 +251,7 @@ def packed_bytes(scheme: Scheme, n: int, k: int, dtype: torch.dtype) -> int:
     rows = min(ROWS, n)
     slice_ = torch.randn(rows, k, generator=torch.Generator().manual_seed(0)).to(dtype)
     absmax = torch.ones(k, dtype=dtype) if scheme.needs_absmax else None
-    packed = scheme.pack(slice_, absmax)
+    packed = scheme.unsearched.pack(slice_, absmax)
     per_input = sum(t.nbytes for name, t in packed.items() if name in Scheme.per_input)
     return per_input + (sum(t.nbytes for t in packed.values()) - per_input) * n // rows
 

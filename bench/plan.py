@@ -21,7 +21,7 @@ from bench.build import PACKAGES, named_node, target_modules, without
 from bench.choice import Choice, choose
 from bench.config import Config, as_dense, door_of, parse, resolve
 from bench.identity import IRRELEVANT, WeightHashes, code_hash, config_hash, digest
-from bench.kernel_check import check_kernels
+from bench.kernel_check import check_kernels, check_layers
 from bench.record import COST, QUALITY, VANILLA, Cell
 from bench.replayed import check_levels
 from bench.schemes import DRAFT_LM_HEAD, DRAFT_SCHEME
@@ -143,6 +143,7 @@ class Planner:
             try:
                 check.check_fit(config, folders)
                 check_levels(config)
+                check_layers(config, folders)
             except ValueError as error:
                 problem = str(error)
         if not folders and not problem:  # nothing drafts, so nothing is drafted in a scheme

@@ -15,6 +15,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 
 from bench import check, memory
@@ -30,7 +31,7 @@ from bench.acceptance import (
 from bench.choice import choose
 from bench.config import Config, parse, resolve
 from bench.door import OK, UNFINISHED, collect
-from bench.kernel_check import check_kernels
+from bench.kernel_check import check_kernels, check_layers, lacking
 from bench.replayed import check_levels
 from bench.task import encode, load
 from methods.checkpoint import check_transformer, stored_in
@@ -41,7 +42,9 @@ from methods.recipe import Family, Parts, Recipe
 from methods.rotation import is_norm_folded, read_rotation
 from methods.tree_recipe import TreeRecipe
 from methods.weights import Weights
+from quant.scheme import AUTO
 
+QUANTISED = ("humming", "triton")  # kernels that `auto` prefers for what is quantised
 PASSED, WARNED, FAILED = "ok", "warn", "FAIL"
 # How often a quantised head's first choice must be that of its dense self. The lab's EAGLE-2 head
 # agrees at 95 % of places in fp8, 72 % in w4a16-g128 and below 50 % with one 4-bit scale per
@@ -128,6 +131,7 @@ def _files(config: Config) -> Iterator[Finding]:
         check.check_fit(config, folders)
         return "every model of the method has the target's vocabulary"
 
+    yield _tried("layers", lambda: _layers(config, folders))
     yield _tried("tokenizer", tokenizer)
     for note in check.other_special_ids(folders, family.target):
         yield Finding(state=WARNED, what="special tokens", detail=note)
@@ -144,8 +148,18 @@ def _files(config: Config) -> Iterator[Finding]:
 
 def _kernels(config: Config) -> str:
     check_kernels(config)
-    own = config.schemes
-    return f"{own.target.kernel} for the target, {own.draft.kernel} for what drafts"
+    own, device = config.schemes, config.settings.device
+    told = f"{own.target.kernel} for the target, {own.draft.kernel} for what drafts"
+    chosen = any(s.kernel == AUTO and s.label != own.dense.label for s in (own.target, own.draft))
+    if torch.device(device).type != "cuda" or not chosen:
+        return told
+    # What `auto` passes over in silence.
+    return "; ".join([told, *filter(None, (lacking(name, device) for name in QUANTISED))])
+
+
+def _layers(config: Config, folders: Sequence[Path]) -> str:
+    check_layers(config, folders)
+    return "every shape fits its scheme and the kernel that is named"
 
 
 def _origin(config: Config) -> str:

@@ -101,11 +101,24 @@ def block_shapes(prefix: str, shape: Shape, *, attention_in: int) -> dict[str, t
     return shapes
 
 
+def stacked_shapes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """The linear layers of a model as they are decoded, [N, K]: what has one input is stacked."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    return {
+        "qkv": (queries + 2 * keys, hidden),
+        "o": (hidden, queries),
+        "gate_up": (2 * inner, hidden),
+        "down": (hidden, inner),
+        "lm_head": (shape.vocab_size, hidden),
+    }
+
+
 def stored_tensors(shape: Shape, quantization: Quantization | None) -> tuple[Tensors, Tensors]:
     """Every tensor of a checkpoint, required and optional, where some layers may be quantised."""
     shapes = transformer_shapes(shape)
     if quantization is not None and quantization.fused:
-        shapes = _fused(shapes)
+        shapes = fused_shapes(shapes)
     required: Tensors = {}
     # Llama 2's files hold the plain frequencies, which config.json says better.
     optional: Tensors = {
@@ -133,7 +146,7 @@ def stored_tensors(shape: Shape, quantization: Quantization | None) -> tuple[Ten
     return required, optional
 
 
-def _fused(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def fused_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Put fused projections in the place of their parts."""
     fused: dict[str, tuple[int, ...]] = {}
     whole = {part: name for name, parts in FUSED.items() for part in parts}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.checkpoint import check_transformer, load_transformer
+from methods.decode import Mark, unmarked
 from methods.random_weights import is_random, typical_absmax
 from methods.transformer import Transformer
 from quant.scheme import Scheme
@@ -22,11 +23,12 @@ def load_calibrated(
     dtype: torch.dtype,
     device: torch.device,
     texts: Sequence[list[int]],
+    mark: Mark = unmarked,
 ) -> Transformer:
     """Read a model in a scheme; where the scheme asks for it, run the dense model on `texts` first.
 
-    texts: token ids. Raises ValueError where the scheme needs texts and there are none; made-up
-    weights need none.
+    texts: token ids. mark: told where the time goes, as a `Packer` is. Raises ValueError where the
+    scheme needs texts and there are none; made-up weights need none.
     """
     absmax: dict[str, Tensor] | None = None
     asking = [s.label for s in (scheme, lm_head) if s.needs_absmax]
@@ -37,8 +39,9 @@ def load_calibrated(
             raise ValueError(f"{asking[0]} must have calibration text, got none for {folder}")
         plain = load_transformer(folder, scheme=dense, lm_head=dense, dtype=dtype, device=device)
         absmax = input_absmax(plain, texts)
+        mark("calibration")
     return load_transformer(
-        folder, scheme=scheme, lm_head=lm_head, dtype=dtype, device=device, absmax=absmax
+        folder, scheme=scheme, lm_head=lm_head, dtype=dtype, device=device, absmax=absmax, mark=mark
     )
 
 

@@ -15,6 +15,7 @@ from methods.architecture import (
     require_layers,
     stored_tensors,
 )
+from methods.decode import Mark, unmarked
 from methods.packer import Packer
 from methods.transformer import Shape, Transformer
 from methods.values import naming, read_flag
@@ -109,10 +110,11 @@ def load_transformer(
     dtype: torch.dtype,
     device: torch.device,
     absmax: Mapping[str, Tensor] | None = None,
+    mark: Mark = unmarked,
 ) -> Transformer:
-    """Read a Llama folder into a model whose linear layers are in `scheme`."""
+    """Read a Llama folder into a model whose linear layers are in `scheme`. mark: a `Packer`'s."""
     shape = check_transformer(folder)
-    packer = open_packer(folder, scheme, dtype=dtype, device=device, absmax=absmax)
+    packer = open_packer(folder, scheme, dtype=dtype, device=device, absmax=absmax, mark=mark)
     with naming(folder):
         return build_transformer(shape, packer, lm_head)
 
@@ -132,12 +134,19 @@ def open_packer(
     dtype: torch.dtype,
     device: torch.device,
     absmax: Mapping[str, Tensor] | None = None,
+    mark: Mark = unmarked,
 ) -> Packer:
     """Make a packer of a folder's weights, however they are stored."""
     weights = Weights(folder, device=device)
     quantization = _quantization(read_config(folder), weights)
     return Packer(
-        weights, scheme, dtype=dtype, device=device, quantization=quantization, absmax=absmax
+        weights,
+        scheme,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        absmax=absmax,
+        mark=mark,
     )
 
 

@@ -102,6 +102,7 @@ class Captured:
         return self._graphs[key].replay(inputs)
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> _Graph:
+        torch.cuda.empty_cache()  # as a capture does, which would hide what it takes
         before = torch.cuda.memory_reserved(self._device)
         fixed = [tensor.to(self._device, copy=True) for tensor in inputs]
         staged = [None if t.is_cuda else torch.empty_like(t).pin_memory() for t in inputs]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from methods.architecture import FUSED, GATE_UP, QKV
+from methods.decode import Mark, unmarked
 from methods.norm import HeadNorm, RMSNorm
 from methods.transformer import MLP, Attention, Block, Shape
 from methods.values import naming
@@ -29,14 +30,22 @@ class Packer:
         device: torch.device,
         quantization: Quantization | None = None,
         absmax: Mapping[str, Tensor] | None = None,
+        mark: Mark = unmarked,
     ) -> None:
-        """quantization: how the weights are stored, where they are not dense."""
+        """quantization: how the weights are stored, where they are not dense.
+
+        mark: told `weights`, `rounding` and `layout` as a layer has been read, rounded and laid out
+        for its kernel; `kernels` in place of the last where a layer is the first of its shape, for
+        which kernels are compiled or loaded.
+        """
         self.weights = weights
         self.quantization = quantization
         self.scheme = scheme
         self.dtype = dtype
         self.device = device
         self.absmax = absmax or {}
+        self.mark = mark
+        self._seen: set[tuple[str, int, int]] = set()
 
     def of(self, scheme: Scheme) -> "Packer":
         """The same weights in another scheme."""
@@ -47,6 +56,7 @@ class Packer:
             device=self.device,
             quantization=self.quantization,
             absmax=self.absmax,
+            mark=self.mark,
         )
 
     def tensor(self, name: str) -> Tensor:
@@ -67,16 +77,28 @@ class Packer:
         """
         stored = [self._stored(module, biased=biased) for module in modules]
         try:
-            if any(layout is not None for layout, _ in stored):
-                return self._taken(stored)
-            parts = [tensors["weight"] for _, tensors in stored]
-            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-            packed = self._packed(whole, label)
-            return self.scheme.linear(packed, dtype=self.dtype, device=self.device)
+            layer = self._made(stored, label)
         except ValueError as error:
             kept = any(layout is not None for layout, _ in stored)
             place = ", ".join(modules) if kept else f"{label} in {self.scheme.label}"
             raise ValueError(f"{place}: {error}") from error
+        made = (self.scheme.label, layer.out_features, layer.in_features)
+        self.mark("layout" if made in self._seen else "kernels")
+        self._seen.add(made)
+        return layer
+
+    def _made(
+        self, stored: Sequence[tuple[Layout | None, dict[str, Tensor]]], label: str
+    ) -> QuantLinear:
+        if any(layout is not None for layout, _ in stored):
+            self.mark("weights")
+            return self._taken(stored)
+        parts = [tensors["weight"] for _, tensors in stored]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self.mark("weights")
+        packed = self._packed(whole, label)
+        self.mark("rounding")
+        return self.scheme.linear(packed, dtype=self.dtype, device=self.device)
 
     def _packed(self, whole: Tensor, label: str) -> dict[str, Tensor]:
         """Pack a weight, in pieces where that is the same: rounding widens what it works on."""

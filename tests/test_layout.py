@@ -15,6 +15,7 @@ PACKAGES = ("bench", "methods", "quant")
 SCHEME_FREE = (
     *("scheme", "stacked", "rounding", "gptq", "rotate", "grid"),
     *("kernels.kernel", "kernels.choice", "kernels.machine", "kernels.table"),
+    *("kernels", "kernels.triton_cache"),
 )
 MAX_FILE, MAX_KERNEL, MAX_FUNCTION = 300, 400, 60
 

@@ -90,7 +90,12 @@ class HummingKernel(Kernel):
 
     def fit(self, layer: QuantLinear, dtype: torch.dtype) -> QuantLinear:
         """Lay out, compile and try."""
-        return HummingLinear(layer, _plan(layer, dtype), dtype, exact=self.exact)
+        plan = _plan(layer, dtype)
+        return build.retried(
+            lambda: HummingLinear(layer, plan, dtype, exact=self.exact),
+            n=layer.out_features,
+            k=layer.in_features,
+        )
 
     def _unfit_weight_only(self, layer: WeightOnlyLinear, dtype: torch.dtype) -> str:
         if layer.bits == 8 and dtype == torch.bfloat16:

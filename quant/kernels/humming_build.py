@@ -7,21 +7,28 @@ into a folder of this process.
 
 import json
 import os
-import struct
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from quant.kernels.cache import temporary_folder, writable_folder
+from quant.kernels.cache import cache_folder, is_whole_elf, temporary_folder, writable
 from quant.kernels.humming_layout import Config
 
 FOLDER = "humming"
-ELF, ELF_HEADER, ELF_SECTION, NO_BITS = b"\x7fELF\x02\x01", 64, 64, 8  # 64 bits, little-endian
+KEPT, LOCKS = "HUMMING_CACHE_DIR", "HUMMING_TMP_DIR"
 MOST_TRIED = 1024  # tokens: kernels for more are compiled, and first run when they are needed
 STRIDE = 4  # numbers that humming describes a kernel by: fewest tokens, most, its id, its blocks
+FAILURES = (RuntimeError, OSError, AssertionError)  # of humming, its compilers and its loader
+
+T = TypeVar("T")
+
+# What this process has compiled and tried, by layer, exactness and device.
+_PREPARED: dict[tuple[str, bool, torch.device], Tensor] = {}
 
 
 class Trial(Protocol):
@@ -37,11 +44,7 @@ class Trial(Protocol):
 @cache
 def compiler_problem() -> str:
     """Say in one line why nothing can be compiled; empty: it can."""
-    _keep_in(writable_folder(FOLDER))
-    try:
-        drop_torn(Path(os.environ["HUMMING_CACHE_DIR"]))
-    except OSError:
-        os.environ["HUMMING_CACHE_DIR"] = str(temporary_folder(FOLDER) / "cache")
+    _choose_folders()
     try:
         from humming.jit.runtime import KernelRuntime
 
@@ -51,28 +54,36 @@ def compiler_problem() -> str:
     return ""
 
 
-def prepared(config: Config, *, exact: bool, device: torch.device, trial: Trial) -> Tensor:
-    """Compile a layer's kernels for every number of tokens, and run each once.
+def retried(make: Callable[[], T], *, n: int, k: int) -> T:
+    """Lay a layer out, from an empty folder of kept binaries where the one in use fails.
 
-    Raises ValueError where that fails twice.
+    n, k: the layer's, for the message. Raises ValueError where that fails as well.
     """
     try:
-        return _tried(config, exact, device, trial)
-    except (RuntimeError, OSError, AssertionError):  # a kept file is torn, or nothing works
+        return make()
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES:  # a kept file is torn or cannot be written, or nothing works
         _afresh()
     try:
-        return _tried(config, exact, device, trial)
-    except (RuntimeError, OSError, AssertionError) as error:
+        return make()
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"kernel=humming must compile N={config.shape_n}, K={config.shape_k}, got {reason}; "
+            f"kernel=humming must compile N={n}, K={k}, got {reason}; "
             "kernel=torch or kernel=reference works"
         ) from error
 
 
-def _tried(config: Config, exact: bool, device: torch.device, trial: Trial) -> Tensor:
+def prepared(config: Config, *, exact: bool, device: torch.device, trial: Trial) -> Tensor:
+    """Compile a layer's kernels for every number of tokens; run each once, for its first layer."""
     from humming.kernel.humming import HummingKernel
 
+    described = (config.to_str(), exact, device)
+    if described in _PREPARED:
+        return _PREPARED[described]
     compute = json.dumps({"use_batch_invariant": exact})
     with torch.cuda.device(device):
         found = HummingKernel.prepare_kernels(config.to_str(), compute, None, device)
@@ -83,50 +94,49 @@ def _tried(config: Config, exact: bool, device: torch.device, trial: Trial) -> T
                 trial.launch(x, found)
         # An unusable binary shows when it is run, so here is waited once.
         torch.cuda.current_stream(device).synchronize()
+    _PREPARED[described] = found
     return found
 
 
 def drop_torn(folder: Path) -> None:
     """Delete the binaries below a folder that end before their last section does."""
     for path in folder.glob("*/kernel.cubin"):
-        if not _is_whole(path.read_bytes()):
-            path.unlink()
+        with suppress(OSError):  # of another user: should it be torn, all is compiled elsewhere
+            if not is_whole_elf(path.read_bytes()):
+                path.unlink()
 
 
-def _is_whole(binary: bytes) -> bool:
-    """Tell whether an ELF file holds its section table and all that it lists."""
-    if len(binary) < ELF_HEADER or not binary.startswith(ELF):
-        return False
-    (table,) = struct.unpack_from("<Q", binary, 0x28)
-    size, count = struct.unpack_from("<HH", binary, 0x3A)
-    if count == 0 or size < ELF_SECTION or table + size * count > len(binary):
-        return False
-    for at in range(table, table + size * count, size):
-        (kind,) = struct.unpack_from("<I", binary, at + 4)
-        start, length = struct.unpack_from("<QQ", binary, at + 24)
-        if kind != NO_BITS and start + length > len(binary):
-            return False
-    return True
-
-
-def _keep_in(folder: Path) -> None:
-    # humming asks the environment and nothing else; what a user set there stays.
-    os.environ.setdefault("HUMMING_CACHE_DIR", str(folder / "cache"))
-    os.environ.setdefault("HUMMING_TMP_DIR", str(folder / "tmp"))
+def _choose_folders() -> None:
+    """Tell humming where to keep its files: where a user says or in our cache, if it can be."""
+    # It asks the environment and nothing else.
+    own = cache_folder() / FOLDER
+    for variable, place in ((KEPT, "cache"), (LOCKS, "tmp")):
+        chosen = Path(os.environ.get(variable) or own / place)
+        os.environ[variable] = str(writable(chosen, FOLDER))
+    drop_torn(Path(os.environ[KEPT]))
 
 
 def _afresh() -> None:
-    """Compile into an empty folder from now on."""
-    os.environ["HUMMING_CACHE_DIR"] = str(temporary_folder(FOLDER) / "cache")
+    """Compile into empty folders from now on."""
+    os.environ[KEPT] = str(temporary_folder(FOLDER))
+    os.environ[LOCKS] = str(temporary_folder(FOLDER))
     _forget()
 
 
 def _forget() -> None:
-    """Make humming look at its folder again."""
+    """Make humming look at its folders again."""
     import humming.utils.jit as places
     from humming.jit.runtime import KernelRuntime
     from humming.kernel.humming import HummingKernel
 
-    places.get_humming_cache_dir.cache_clear()
+    for found in (
+        places.get_humming_cache_dir,
+        places.get_humming_tmp_dir,
+        places.get_humming_module_dir,
+        places.get_humming_lock_dir,
+        places.get_humming_lock_filename,
+    ):
+        found.cache_clear()
     KernelRuntime._instances.clear()
     HummingKernel._str2kernel_cache.clear()
+    _PREPARED.clear()

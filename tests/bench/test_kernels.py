@@ -35,7 +35,7 @@ def planned() -> Planned:
     for name, value in values.items():
         object.__setattr__(settings, name, value)
     scheme = build(W4A16, Scheme, key="quant")  # type: ignore[type-abstract]
-    return Planned(settings=settings, scheme=scheme, layers=())
+    return Planned(settings=settings, scheme=scheme, model="", layers=())
 
 
 def rows(kernel: str, *us: float, error: float = 1e-4) -> list[Row]:
@@ -48,17 +48,57 @@ def rows(kernel: str, *us: float, error: float = 1e-4) -> list[Row]:
     return list(kernels._rows(planned(), Layer(name="o", k=256, n=64), product, 4.2))
 
 
+@pytest.fixture
+def _a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(kernels, "check_gpu", lambda device: None)
+
+
+def test_without_a_gpu_there_is_nothing_to_time() -> None:
+    if torch.cuda.device_count():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="timed on a GPU, got none: all layers are kernel=refer"):
+        Jobs().add(composed("kernels"), names={}, overrides=[])
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
         ("device=cpu", "device must be cuda, where kernels are, got 'cpu'"),
-        ("device=cuda:99", "device must exist, got 'cuda:99'"),
+        ("device=cuda:99", "device must exist, got 'cuda:99' of 1 GPUs"),
         ("dtype=float32", "dtype must be one of float16, bfloat16, got 'float32'"),
     ],
 )
+@pytest.mark.usefixtures("_a_gpu")
 def test_what_has_no_kernels_is_refused(override: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Jobs().add(composed("kernels", "device=cpu", override), names={}, overrides=[])
+
+
+@pytest.mark.usefixtures("_a_gpu")
+def test_a_models_layers_are_timed_as_they_are_stacked() -> None:
+    jobs = Jobs()
+    jobs.add(composed("kernels", "model=llama3_8b"), names={"model": "llama3_8b"}, overrides=[])
+    (planned,) = jobs.planned
+    assert planned.model == "llama3_8b"
+    # 32 query heads and twice 8 of keys and values, of 128; 14336 inside; 128256 tokens
+    assert {layer.name: (layer.k, layer.n) for layer in planned.layers} == {
+        "qkv": (4096, 6144),
+        "o": (4096, 4096),
+        "gate_up": (4096, 28672),
+        "down": (14336, 4096),
+        "lm_head": (4096, 128256),
+    }
+
+
+@pytest.mark.usefixtures("_a_gpu")
+def test_without_a_model_the_listed_layers_are_timed() -> None:
+    jobs = Jobs()
+    jobs.add(composed("kernels"), names={"model": "null"}, overrides=[])
+    (planned,) = jobs.planned
+    assert planned.model == ""
+    assert [layer.name for layer in planned.layers] == ["qkv", "o", "gate_up", "down"]
+    assert planned.layers[2] == Layer(name="gate_up", k=8192, n=57344)
 
 
 def test_a_row_holds_the_median_and_the_ends_of_the_replays() -> None:
@@ -100,7 +140,7 @@ def cell(family: Family, *overrides: str) -> Config:
 def test_a_kernel_that_the_machine_lacks_is_told_before_weights_are_read() -> None:
     found = list(inspect(parse(resolve(composed("run", "quant=w4a16", "quant.kernel=humming")))))
     failed = [finding for finding in found if finding.state == FAILED]
-    assert [finding.what for finding in failed] == ["kernels"]
+    assert [finding.what for finding in failed] == ["kernels", "layers"]  # float32 is none of its
     assert failed[0].detail.startswith("kernel=humming needs a CUDA device, got cpu")
 
 
@@ -109,9 +149,10 @@ def test_a_layer_that_no_tile_fits_is_told_before_weights_are_read(
 ) -> None:
     monkeypatch.setattr(kernel_check, "lacking", lambda kernel, device: "")
     config = cell(family, "quant=w4a16", "quant.group_size=16", "quant.kernel=humming")
-    told = r"a layer of K=\d+, N=\d+: kernel=humming needs dtype=float16 or bfloat16"
+    told = r"quant: qkv of K=\d+, N=\d+: kernel=humming needs dtype=float16 or bfloat16"
+    kernel_check.check_kernels(config)
     with pytest.raises(ValueError, match=told):
-        kernel_check.check_kernels(config)
+        kernel_check.check_layers(config, [])
 
 
 def test_auto_needs_nothing(family: Family) -> None:

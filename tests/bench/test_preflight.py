@@ -52,6 +52,7 @@ def test_a_cell_without_a_fault_passes_every_check(check: Check) -> None:
             "weights",
             "kernels",
             "method",
+            "layers",
             "tokenizer",
             "rotation",
             "calibration",

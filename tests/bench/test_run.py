@@ -10,10 +10,11 @@ import pytest
 
 from bench import cell, run
 from bench.block import read_status
-from bench.cell import interleaved, seed_of, torn_round
+from bench.cell import seed_of
 from bench.child import ArmJob, Child, Job
 from bench.plan import Planner
 from bench.record import write_json, write_lines
+from bench.rounds import interleaved, torn_round
 from methods.values import read_json
 from tests.bench.tiny import LENGTHS, LIMIT, generations, planned, start, write_world
 
@@ -166,6 +167,21 @@ def test_a_record_holds_what_happened(swept: tuple[list[str], int]) -> None:
             "stop": steps,
         }
         assert sum(sum(times) for times in g.stage_s.values()) <= g.wall_s
+
+
+def test_every_cell_of_a_process_tells_where_its_start_went(swept: tuple[list[str], int]) -> None:
+    told = [
+        read_json(results(swept[0]) / f"lab.dense.{method}.{END}" / "context.json")["start_s"]
+        for method in ("vanilla", "chain", "eagle2")
+    ]
+    assert told[0] == told[1] == told[2]
+    assert set(told[0]) == {
+        *("command", "imports", "tokenizer", "device", "weights", "rounding", "kernels", "layout"),
+        *("building", "captures", "warm_up", "first_token"),
+    }
+    assert min(told[0].values()) >= 0
+    assert told[0]["command"] > 0.5  # pytest's own process
+    assert told[0]["imports"] > 0.5  # torch
 
 
 def test_a_second_run_skips_what_is_finished(swept: tuple[list[str], int], door: Door) -> None:

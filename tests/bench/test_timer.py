@@ -1,9 +1,12 @@
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
-from bench.timer import Timer
+from bench.age import process_age_s
+from bench.timer import Stopwatch, Timer
 
 CPU = torch.device("cpu")
 
@@ -37,6 +40,38 @@ def test_a_timer_starts_anew() -> None:
     timer.stop()
     timer.start().mark("verify")
     assert list(timer.stop().stage_s) == ["verify"]
+
+
+def test_the_first_end_of_a_stage_counts_what_comes_before_it() -> None:
+    timer = Timer(CPU).start()
+    for stage in ("prefill", "draft", "draft", "commit", "commit"):
+        time.sleep(0.01)
+        timer.mark(stage)
+    timing = timer.stop()
+    before = ("prefill", "draft", "draft", "commit")
+    times = {stage: list(of) for stage, of in timing.stage_s.items()}
+    assert timing.first_end_s["commit"] == pytest.approx(sum(times[s].pop(0) for s in before))
+
+
+def test_a_stopwatch_adds_up_stages_that_alternate() -> None:
+    watch = Stopwatch()
+    watch.mark("imports")
+    for stage in ("weights", "layout", "weights", "layout"):
+        time.sleep(0.01 if stage == "weights" else 0.03)
+        watch.mark(stage)
+    watch.add("weights", 5.0)
+    assert 5.02 <= watch.stage_s["weights"] < 5.06
+    assert 0.06 <= watch.stage_s["layout"] < 0.2
+
+
+def test_a_process_knows_how_long_it_has_been_there() -> None:
+    code = "import time; time.sleep(0.5); from bench.age import process_age_s as age; print(age())"
+    line = [sys.executable, "-c", code]
+    age = float(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
+    assert 0.48 <= age < 10  # starts are told in ticks of 10 ms
+    earlier = process_age_s()
+    time.sleep(0.1)
+    assert 0.05 <= process_age_s() - earlier < 5
 
 
 @pytest.mark.gpu

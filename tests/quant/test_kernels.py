@@ -1,7 +1,6 @@
 """What kernels say without a GPU: refusals, the choice between them, layouts learnt and undone."""
 
 import json
-import struct
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,9 +11,7 @@ from torch import Tensor
 from quant.dense import Dense
 from quant.formats.native import native_config, read_native
 from quant.fp8 import FP8
-from quant.kernels.cache import cache_folder, writable_folder
 from quant.kernels.choice import choose, named
-from quant.kernels.humming_build import drop_torn
 from quant.kernels.kernel import Kernel, Rounded
 from quant.kernels.layout import Layout
 from quant.kernels.machine import Machine
@@ -200,55 +197,6 @@ def test_a_torn_table_counts_as_none(
     assert json.loads(path.read_text())["best"]
     path.write_text(text)
     assert read_table(MACHINE).best == {}
-
-
-def test_a_relative_cache_folder_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "here")
-    assert cache_folder() == Path.home() / ".cache" / "specquant"
-
-
-def test_a_cache_that_cannot_be_written_gives_way_to_a_temporary_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    folder = writable_folder("humming")
-    assert folder.is_dir()
-    assert tmp_path not in folder.parents
-
-
-def binary(*lengths: int) -> bytes:
-    """An ELF file of sections one after the other, and their table at the end."""
-    body, table, at = b"", b"", 64
-    for length in lengths:
-        table += struct.pack("<IIQQQQIIQQ", 0, 1, 0, 0, at, length, 0, 0, 1, 0)
-        body += b"x" * length
-        at += length
-    start = b"\x7fELF\x02\x01" + b"\0" * 34 + struct.pack("<Q", at) + b"\0" * 10
-    return start + struct.pack("<HHH", 64, len(lengths), 0) + body + table
-
-
-@pytest.mark.parametrize("cut", [0, 10, 64, 100, 290])
-def test_a_binary_that_was_cut_short_is_deleted_and_a_whole_one_kept(
-    cut: int, tmp_path: Path
-) -> None:
-    whole = binary(40, 60)
-    assert len(whole) == 64 + 100 + 2 * 64
-    for name, content in (("whole", whole), ("torn", whole[:cut])):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "kernel.cubin").write_bytes(content)
-    drop_torn(tmp_path)
-    assert [path.parent.name for path in tmp_path.rglob("*.cubin")] == ["whole"]
-
-
-def test_a_section_beyond_the_end_is_noticed(tmp_path: Path) -> None:
-    (tmp_path / "kept").mkdir()
-    path = tmp_path / "kept" / "kernel.cubin"
-    content = bytearray(binary(40, 60))
-    content[-64 + 32 : -64 + 40] = struct.pack("<Q", 10**6)  # the last section's length
-    path.write_bytes(bytes(content))
-    drop_torn(tmp_path)
-    assert not path.exists()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

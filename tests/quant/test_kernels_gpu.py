@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -223,11 +225,15 @@ def _torn_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     places.get_humming_cache_dir.cache_clear()
 
 
+def relative_binaries(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*.cubin")}
+
+
 def test_a_torn_binary_is_compiled_anew(_torn_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = reference("w4a16-g64", n=512)
     kernel = HummingKernel(exact=False)
     kernel.fit(layer, torch.float16)
-    binaries = list(_torn_cache.rglob("*.cubin"))
+    binaries = relative_binaries(_torn_cache)
     assert binaries
     torn = _torn_cache / "torn"  # under another path, since a loaded binary stays loaded
     shutil.copytree(_torn_cache, torn, ignore=shutil.ignore_patterns("torn"))
@@ -237,9 +243,39 @@ def test_a_torn_binary_is_compiled_anew(_torn_cache: Path, monkeypatch: pytest.M
     humming_build._forget()
     humming_build.compiler_problem.cache_clear()  # as a new process
     assert kernel.refuses(layer, torch.float16, torch.device("cuda")) == ""
-    assert not list(torn.rglob("*.cubin"))
+    assert not relative_binaries(torn)
     x = inputs(4, torch.float16)
     expected = layer(x.double())
     error = (kernel.fit(layer, torch.float16)(x).double() - expected).norm() / expected.norm()
     assert float(error) < ERRORS[torch.float16]
-    assert len(list(torn.rglob("*.cubin"))) == len(binaries)
+    assert relative_binaries(torn) >= binaries  # every torn one is there again
+
+
+TRITON = """
+import sys, torch
+from methods.fused import silu_mul
+from quant.kernels import triton_cache
+triton_cache.prepare()
+x = torch.linspace(-2, 2, 64, device="cuda").view(2, 32)
+gate, up = x.chunk(2, dim=1)
+assert torch.allclose(silu_mul(x), torch.nn.functional.silu(gate) * up, atol=1e-6)
+"""
+
+
+def test_a_torn_kernel_of_tritons_is_compiled_anew(tmp_path: Path) -> None:
+    def run() -> None:
+        env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", TRITON], env=env, check=True, timeout=120)
+
+    run()
+    torn = [
+        path
+        for kind in ("cubin", "json", "so")
+        for path in sorted(tmp_path.glob(f"*/*.{kind}"))[:1]
+    ]
+    assert {path.suffix for path in torn} >= {".cubin", ".json"}
+    for kept in torn:
+        whole = kept.read_bytes()
+        kept.write_bytes(whole[: len(whole) // 2])
+        run()
+        assert len(kept.read_bytes()) > len(whole) // 2

@@ -1,0 +1,145 @@
+"""The script that measures an H200: its commands compose, and its tables say what records hold."""
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import machine
+from bench.config import parse, resolve
+from bench.record import Cell, Cost, Generation
+from scripts.h200 import cases
+from scripts.h200_tables import write_tables
+from tests.bench.made_campaign import CELL, CONTEXT, write_cell
+from tests.test_conf import composed
+
+TARGET = replace(
+    CELL, model="llama3_70b", weights="random", scheme="w4a16-g128", task="random", device="cuda"
+)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_a_case_composes_and_builds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(machine, "check_gpu", lambda device: None)
+    door, *words = cases()[name]
+    config = parse(resolve(composed(door, *words, "task=random", "device=cuda", "dtype=float16")))
+    assert (config.cost is None) == (door == "run")
+    assert config.replays == (len(name.split(".")) > 2)
+
+
+def test_rounds_of_every_target_scheme_are_there() -> None:
+    for scheme in ("w4a16", "w8a8", "dense"):
+        for method in ("eagle2", "eagle2_shallow", "chain", "hierarchical"):
+            assert f"quant={scheme}" in cases()[f"70b.{scheme}.{method}"]
+            assert f"70b.{scheme}.{method}.parts" in cases()
+    assert "method.min_draft=6" in cases()["70b.w4a16.chain"]
+    assert {"method.depth=3", "method.nodes=24"} < set(cases()["70b.w4a16.eagle2_shallow"])
+    assert "quant=fp8" in cases()["8b.fp8"]
+
+
+def answer(*, steps: int, draft_s: float, verify_s: float, host_s: float) -> Generation:
+    """Rounds of given parts; 1 s of prompt, 0.5 s of its own, and looks for a stop of 10 ms."""
+    return Generation(
+        prompt_id="p",
+        turn=0,
+        category="c",
+        status="ok",
+        prompt_tokens=500,
+        token_ids=list(range(24)),
+        accepted=[2] * steps,
+        drafted=[47] * steps,
+        stage_s={
+            "prefill": [1.0],
+            "draft_prefill": [0.5],
+            "host": [host_s] * steps,
+            "draft": [draft_s] * steps,
+            "verify": [verify_s] * steps,
+            "commit": [0.001] * steps,
+            "stop": [0.01] * steps,
+        },
+        wall_s=1.5 + steps * (host_s + draft_s + verify_s + 0.001 + 0.01),
+    )
+
+
+def cost(what: str, n: int, seconds: float) -> Cost:
+    return Cost(
+        what=what,
+        n=n,
+        context=512,
+        batch=1,
+        forwards=1,
+        repeat_s=[seconds, seconds * 0.9, seconds * 1.2],
+        weight_bytes=40_000_000_000,
+        kv_bytes=0,
+        flops=0,
+    )
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "records"
+    eagle: Cell = replace(TARGET, method="eagle2", draft_scheme="w4a16-g128", acceptance="replay:x")
+    rounds = [
+        answer(steps=8, draft_s=0.003, verify_s=0.020, host_s=0.0),
+        answer(steps=8, draft_s=0.003, verify_s=0.020, host_s=0.001),
+    ]
+    told = {"start_s": {"command": 4.0, "weights": 1.5, "first_token": 0.25}, "copy_tb_per_s": 4.0}
+    write_cell(folder / "eagle", eagle, rounds, context=CONTEXT | told)
+    door = replace(TARGET, door="cost")
+    reads = [cost("verify", 1, 0.0125), cost("verify", 48, 0.019)]
+    write_cell(folder / "reads", door, reads, context=CONTEXT | {"copy_tb_per_s": 5.0})
+    proposal = [cost("draft", 48, 0.0035)]
+    write_cell(folder / "proposal", replace(eagle, door="cost"), proposal)
+    return tmp_path
+
+
+def test_every_row_has_the_copy_rate_of_its_own_process(out: Path) -> None:
+    write_tables(out)
+    one, many = rows(out / "forward.csv")
+    assert (one["n"], one["median_ms"], one["copy_tb_per_s"]) == ("1", "12.5000", "5.000")
+    assert one["share_of_limit"] == "0.640"  # 40 GB at 5 TB/s are 8 ms
+    assert many["share_of_limit"] == "0.421"
+    (row,) = rows(out / "rounds.csv")
+    assert row["copy_tb_per_s"] == "4.000"
+
+
+def test_a_round_is_held_against_its_parts(out: Path) -> None:
+    told = write_tables(out).splitlines()
+    (row,) = rows(out / "rounds.csv")
+    # 3 + 20 + 1 ms of draft, verify and commit; half of the rounds wait 1 ms for the host
+    assert (row["wall_ms"], row["commit_ms"]) == ("24.5000", "1.0000")
+    assert row["lost_share"] == "0.0400"  # 1 of 25 ms, of the second prompt
+    # timed apart: 3.5 of a proposal, 19 of a read of 48, and the commit
+    assert row["parts_ms"] == "23.5000"
+    assert row["parts_apart"] == "0.0408"
+    assert told == [
+        "lost_share: at most 4.0% (llama3_70b w4a16-g128 eagle2), within 5%",
+        "parts_apart: at most 4.1% (llama3_70b w4a16-g128 eagle2), within 5%",
+    ]
+
+
+def test_parts_that_do_not_add_up_are_told(out: Path) -> None:
+    (out / "records" / "proposal" / "records.jsonl").unlink()
+    write_cell(
+        out / "records" / "slow",
+        replace(TARGET, method="eagle2", draft_scheme="w4a16-g128", acceptance="replay:x"),
+        [answer(steps=8, draft_s=0.003, verify_s=0.020, host_s=0.003)],
+    )
+    told = write_tables(out).splitlines()
+    assert told[0] == "lost_share: at most 11.1% (llama3_70b w4a16-g128 eagle2), BEYOND 5%"
+    assert told[1] == "parts_apart: nothing to compare"
+
+
+def test_a_start_is_told_by_stage(out: Path) -> None:
+    write_tables(out)
+    (row,) = rows(out / "start.csv")
+    assert (row["total_s"], row["command_s"], row["weights_s"]) == ("5.75", "4.00", "1.50")
+    assert row["layout_s"] == "0.00"
