@@ -24,9 +24,8 @@ from bench.child import ArmJob, Child, run_child
 from bench.config import Config, parse
 from bench.context import note_graphs, run_name, write_context
 from bench.load import Loader, context_of
-from bench.lossless import divergence
+from bench.lossless import divergence, ending
 from bench.record import RECORDS, Generation, append_line
-from bench.replayed import ending
 from bench.score import judge, not_scored
 from bench.task import Prompt, Stopper, cut, encode, load
 from bench.timer import Timer
@@ -88,7 +87,13 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
     for job, config in zip(jobs, configs, strict=True):
         child.announce(job, "building")
         with child.charged([job], building=True):
-            write_context(Path(job.folder), loader.device, child.job.argv, loader.kernels)
+            write_context(
+                Path(job.folder),
+                loader.device,
+                child.job.argv,
+                loader.kernels,
+                exact=config.settings.exact,
+            )
             method = loader.method(config)
             whole = whole_prompts(Path(job.folder, RECORDS), prompts)
             arms.append(Arm(job=job, config=config, method=method, whole=whole))
@@ -128,7 +133,7 @@ class Block:
                 if arms:
                     self._round(interleaved(arms, number), number, prompt, bar)
         for arm in self.arms:
-            self.child.end(arm.job, ending(arm.config.accept, read_answers(arm.records)))
+            self.child.end(arm.job, ending(arm.config, read_answers(arm.records)))
 
     def _bar(self, *, done: int) -> "tqdm[NoReturn]":
         return tqdm(

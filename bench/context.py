@@ -31,11 +31,12 @@ NVIDIA = ("driver_version", "clocks.sm", "clocks.mem", "power.limit", "temperatu
 
 
 def context(
-    device: torch.device, argv: Sequence[str], kernels: Mapping[str, str]
+    device: torch.device, argv: Sequence[str], kernels: Mapping[str, str], *, exact: bool
 ) -> dict[str, Any]:
     """Describe this process and its machine.
 
-    argv: of the command that asked for the work. kernels: of the target's layers, by shape.
+    argv: of the command that asked for the work. kernels: of the target's layers, by shape; exact:
+    whether they had to be.
     """
     return {
         "schema": SCHEMA,
@@ -49,6 +50,7 @@ def context(
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "kernels": dict(kernels),
+        "exact": exact,
         **checkout(ROOT),
         "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],
     }
@@ -60,14 +62,19 @@ def run_name() -> str:
 
 
 def write_context(
-    folder: Path, device: torch.device, argv: Sequence[str], kernels: Mapping[str, str]
+    folder: Path,
+    device: torch.device,
+    argv: Sequence[str],
+    kernels: Mapping[str, str],
+    *,
+    exact: bool,
 ) -> None:
     """Write a cell's context.json, and note there that its records are gone on with.
 
     Records of another machine, or of other kernels, are no part of the cell: they are dropped.
     """
     path, records = folder / CONTEXT, folder / RECORDS
-    now = context(device, argv, kernels)
+    now = context(device, argv, kernels, exact=exact)
     if path.exists() and records.exists():
         before = read_json(path)
         if same_machine(before, now):

@@ -24,6 +24,8 @@ ROWS = 64  # of the slice that shows whether a kernel takes a layer: every kerne
 def check_kernels(config: Config) -> None:
     """Check every named kernel against the machine, and the target's against its layers."""
     own, settings = config.schemes, config.settings
+    if settings.exact:
+        _check_exact(config)
     for scheme in filter(None, (own.target, own.lm_head, own.draft, own.draft_lm_head)):
         if scheme.kernel not in (AUTO, REFERENCE) and (
             reason := lacking(scheme.kernel, settings.device)
@@ -31,7 +33,28 @@ def check_kernels(config: Config) -> None:
             raise ValueError(reason)
     if own.target.kernel not in (AUTO, REFERENCE) and not own.target.as_stored:
         shape = read_shape(read_config(config.model.family.target))
-        _check_layers(own.target, shape, getattr(torch, settings.dtype))
+        _check_layers(own.target, shape, getattr(torch, settings.dtype), exact=settings.exact)
+
+
+def _check_exact(config: Config) -> None:
+    """Check that attention is exact: layers can be everywhere, attention is on a GPU alone."""
+    settings = config.settings
+    kind = torch.device(settings.device).type
+    if kind != "cuda":
+        raise ValueError(f"exact=true needs device=cuda, where attention is exact, got {kind}")
+    if settings.dtype == "float64":
+        raise ValueError(
+            "exact=true needs dtype=float32, float16 or bfloat16, which attention is exact in, got "
+            "float64"
+        )
+    target = config.model.family.target
+    if (dim := read_shape(read_config(target)).head_dim) & (dim - 1):
+        raise ValueError(f"exact=true needs a head_dim that is a power of 2, got {dim} in {target}")
+    if config.cost is not None and config.cost.batches != [1]:
+        raise ValueError(
+            f"exact=true needs cost.batches=[1], for whose attention is exact, got "
+            f"{config.cost.batches}"
+        )
 
 
 @cache
@@ -44,7 +67,7 @@ def lacking(kernel: str, device: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _check_layers(scheme: Scheme, shape: Shape, dtype: torch.dtype) -> None:
+def _check_layers(scheme: Scheme, shape: Shape, dtype: torch.dtype, *, exact: bool) -> None:
     kernel = named(scheme.kernel)
     heads = shape.num_heads * shape.head_dim
     for k, n in (  # as they are stacked
@@ -56,5 +79,7 @@ def _check_layers(scheme: Scheme, shape: Shape, dtype: torch.dtype) -> None:
         # What a kernel asks of N is a multiple: a few rows with the same remainder stand for all.
         rows = torch.randn(ROWS + n % ROWS, k, generator=torch.Generator().manual_seed(0))
         absmax = torch.ones(k) if scheme.needs_absmax else None
-        if reason := kernel.unfit(scheme.layer(scheme.pack(rows, absmax)), dtype):
+        layer = scheme.layer(scheme.pack(rows, absmax))
+        reason = kernel.unfit(layer, dtype) or (exact and kernel.inexact(layer, dtype))
+        if reason:
             raise ValueError(f"a layer of K={k}, N={n}: {reason}")

@@ -24,7 +24,7 @@ from bench.kernel_timing import Layer, Product, Timings, copy_tb_per_s, products
 from bench.machine import check_machine
 from quant.kernels.choice import missing
 from quant.kernels.machine import machine_of
-from quant.kernels.table import Table, write_table
+from quant.kernels.table import Table, entry, write_table
 from quant.scheme import AUTO, Scheme
 
 CSV = "kernels.csv"
@@ -42,6 +42,7 @@ class Settings:
     results_dir: str
     device: str
     dtype: str
+    exact: bool
     seed: int
     widths: tuple[int, ...]
     repeats: int
@@ -75,6 +76,7 @@ class Row:
 
     scheme: str
     dtype: str
+    exact: bool
     kernel: str
     layer: str
     k: int
@@ -86,6 +88,7 @@ class Row:
     weight_bytes: int
     copy_tb_per_s: float
     max_rel_error: float
+    uneven: int  # first M at which a row's bits are others than among the most; 0: none
 
 
 class Jobs:
@@ -156,6 +159,7 @@ def _timed(planned: Planned, layer: Layer, copied: float) -> Iterable[Row]:
             warmup=settings.warmup,
             rotated_bytes=settings.rotated_bytes,
             seed=settings.seed,
+            exact=settings.exact,
         ),
         asked=asked,
     ):
@@ -174,6 +178,7 @@ def _rows(planned: Planned, layer: Layer, product: Product, copied: float) -> It
         yield Row(
             scheme=planned.scheme.label,
             dtype=planned.settings.dtype,
+            exact=planned.settings.exact,
             kernel=product.kernel,
             layer=layer.name,
             k=layer.k,
@@ -185,12 +190,17 @@ def _rows(planned: Planned, layer: Layer, product: Product, copied: float) -> It
             weight_bytes=product.weight_bytes,
             copy_tb_per_s=round(copied, 3),
             max_rel_error=product.max_rel_error,
+            uneven=product.uneven,
         )
     sys.stdout.write(
-        f"{planned.scheme.label} {layer.name} {product.kernel}: us at {', '.join(told)}; "
+        f"{_entry(planned)} {layer.name} {product.kernel}: us at {', '.join(told)}; "
         f"error {product.max_rel_error:.1e}\n"
     )
     sys.stdout.flush()
+
+
+def _entry(planned: Planned) -> str:
+    return entry(planned.scheme.label, exact=planned.settings.exact)
 
 
 def _most_error(planned: Planned) -> float:
@@ -202,7 +212,10 @@ def _is_whole(rows: Sequence[Row], most: float) -> bool:
     off = {row.kernel for row in rows if not row.max_rel_error <= most}
     for kernel in sorted(off):
         sys.stderr.write(f"error: {kernel} is off by more than {most:g}, not chosen\n")
-    return not off
+    uneven = {row.kernel: row.uneven for row in rows if row.uneven}
+    for kernel, m in sorted(uneven.items()):
+        sys.stderr.write(f"error: {kernel} gives a row of {m} other bits, not chosen\n")
+    return not (off or uneven)
 
 
 def _keep(rows: Sequence[Row], planned: Planned, device: torch.device) -> None:
@@ -210,12 +223,12 @@ def _keep(rows: Sequence[Row], planned: Planned, device: torch.device) -> None:
     dtype = planned.settings.dtype
     total: dict[str, float] = {}
     for row in rows:
-        if row.max_rel_error <= _most_error(planned):
+        if row.max_rel_error <= _most_error(planned) and not row.uneven:
             total[row.kernel] = total.get(row.kernel, 0.0) + row.median_us
     if not total or planned.scheme.kernel != AUTO:
         return
     fastest = min(total, key=total.__getitem__)
-    best = {planned.scheme.label: {f"{rows[0].k}x{rows[0].n}": {dtype: fastest}}}
+    best = {_entry(planned): {f"{rows[0].k}x{rows[0].n}": {dtype: fastest}}}
     write_table(Table(machine=machine_of(device), best=best))
 
 

@@ -46,8 +46,11 @@ class Loader:
         self.tokenizer = load_tokenizer(model.family.target)
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._texts: list[list[int]] | None = None
-        self._loaded: dict[tuple[Path, Scheme, Scheme], Transformer] = {}
-        self.target = self._load(model.family.target, schemes, schemes.target, schemes.lm_head)
+        self._loaded: dict[tuple[Path, Scheme, Scheme, bool], Transformer] = {}
+        # What else is loaded drafts or is held against: its rounding decides no token.
+        self.target = self._load(
+            model.family.target, schemes, schemes.target, schemes.lm_head, exact=settings.exact
+        )
 
     @property
     def kernels(self) -> dict[str, str]:
@@ -85,8 +88,16 @@ class Loader:
             return self.target
         return self._load(folder, schemes, plain, plain)
 
-    def _load(self, folder: Path, schemes: Schemes, scheme: Scheme, lm_head: Scheme) -> Transformer:
-        key = (folder, scheme, lm_head)
+    def _load(
+        self,
+        folder: Path,
+        schemes: Schemes,
+        scheme: Scheme,
+        lm_head: Scheme,
+        *,
+        exact: bool = False,
+    ) -> Transformer:
+        key = (folder, scheme, lm_head, exact)
         if key not in self._loaded:
             self._loaded[key] = load_calibrated(
                 folder,
@@ -96,6 +107,7 @@ class Loader:
                 dtype=self._dtype,
                 device=self.device,
                 texts=self._calibration() if scheme.needs_absmax or lm_head.needs_absmax else [],
+                exact=exact,
             )
         return self._loaded[key]
 

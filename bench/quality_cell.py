@@ -34,8 +34,9 @@ def _score(child: Child, job: ArmJob, packages: tuple[str, ...]) -> None:
         if evaluation.kl and (plain := loader.dense(config.reference)) is not loader.target:
             dense = Reader(plain, window=evaluation.window)
         tokens = encode(loader.tokenizer, config.text)[: evaluation.limit]
-        write_context(Path(job.folder), loader.device, child.job.argv, loader.kernels)
-        done = _keep(Path(job.folder, RECORDS))
+        folder, argv = Path(job.folder), child.job.argv
+        write_context(folder, loader.device, argv, loader.kernels, exact=config.settings.exact)
+        done = _keep(folder / RECORDS)
     left = [w for w in windows(len(tokens), evaluation) if w.number not in done]
     child.announce(job, "scoring")
     with child.charged([job], building=False):

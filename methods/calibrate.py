@@ -22,11 +22,12 @@ def load_calibrated(
     dtype: torch.dtype,
     device: torch.device,
     texts: Sequence[list[int]],
+    exact: bool = False,
 ) -> Transformer:
     """Read a model in a scheme; where the scheme asks for it, run the dense model on `texts` first.
 
-    texts: token ids. Raises ValueError where the scheme needs texts and there are none; made-up
-    weights need none.
+    texts: token ids. exact: as `methods.packer.Packer`. Raises ValueError where the scheme needs
+    texts and there are none; made-up weights need none.
     """
     absmax: dict[str, Tensor] | None = None
     asking = [s.label for s in (scheme, lm_head) if s.needs_absmax]
@@ -38,7 +39,13 @@ def load_calibrated(
         plain = load_transformer(folder, scheme=dense, lm_head=dense, dtype=dtype, device=device)
         absmax = input_absmax(plain, texts)
     return load_transformer(
-        folder, scheme=scheme, lm_head=lm_head, dtype=dtype, device=device, absmax=absmax
+        folder,
+        scheme=scheme,
+        lm_head=lm_head,
+        dtype=dtype,
+        device=device,
+        absmax=absmax,
+        exact=exact,
     )
 
 

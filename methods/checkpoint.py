@@ -104,10 +104,11 @@ def load_transformer(
     dtype: torch.dtype,
     device: torch.device,
     absmax: Mapping[str, Tensor] | None = None,
+    exact: bool = False,
 ) -> Transformer:
-    """Read a Llama folder into a model whose linear layers are in `scheme`."""
+    """Read a Llama folder into a model whose linear layers are in `scheme`. exact: as `Packer`."""
     shape = check_transformer(folder)
-    packer = open_packer(folder, scheme, dtype=dtype, device=device, absmax=absmax)
+    packer = open_packer(folder, scheme, dtype=dtype, device=device, absmax=absmax, exact=exact)
     return build_transformer(shape, packer, lm_head)
 
 
@@ -126,12 +127,19 @@ def open_packer(
     dtype: torch.dtype,
     device: torch.device,
     absmax: Mapping[str, Tensor] | None = None,
+    exact: bool = False,
 ) -> Packer:
     """Make a packer of a folder's weights, however they are stored."""
     weights = Weights(folder, device=device)
     quantization = _quantization(read_config(folder), weights)
     return Packer(
-        weights, scheme, dtype=dtype, device=device, quantization=quantization, absmax=absmax
+        weights,
+        scheme,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        absmax=absmax,
+        exact=exact,
     )
 
 

@@ -28,14 +28,19 @@ class Packer:
         device: torch.device,
         quantization: Quantization | None = None,
         absmax: Mapping[str, Tensor] | None = None,
+        exact: bool = False,
     ) -> None:
-        """quantization: how the weights are stored, where they are not dense."""
+        """quantization: how the weights are stored, where they are not dense.
+
+        exact: rows of a layer's product do not depend on how many are read (`Scheme.linear`).
+        """
         self.weights = weights
         self.quantization = quantization
         self.scheme = scheme
         self.dtype = dtype
         self.device = device
         self.absmax = absmax or {}
+        self.exact = exact
 
     def of(self, scheme: Scheme) -> "Packer":
         """The same weights in another scheme."""
@@ -46,6 +51,7 @@ class Packer:
             device=self.device,
             quantization=self.quantization,
             absmax=self.absmax,
+            exact=self.exact,
         )
 
     def tensor(self, name: str) -> Tensor:
@@ -70,8 +76,7 @@ class Packer:
                 return self._taken(stored)
             parts = [tensors["weight"] for _, tensors in stored]
             whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-            packed = self._packed(whole, label)
-            return self.scheme.linear(packed, dtype=self.dtype, device=self.device)
+            return self._fitted(self.scheme, self._packed(whole, label))
         except ValueError as error:
             raise ValueError(f"{label} in {self.scheme.label}: {error}") from error
 
@@ -104,13 +109,11 @@ class Packer:
         ]
         parts = [tensors for _, tensors in stored]
         if len(set(schemes)) == 1 and (whole := stack(parts)) is not None:
-            return schemes[0].linear(whole, dtype=self.dtype, device=self.device)
-        return StackedLinear(
-            [
-                scheme.linear(part, dtype=self.dtype, device=self.device)
-                for scheme, part in zip(schemes, parts, strict=True)
-            ]
-        )
+            return self._fitted(schemes[0], whole)
+        return StackedLinear([self._fitted(*part) for part in zip(schemes, parts, strict=True)])
+
+    def _fitted(self, scheme: Scheme, stored: Mapping[str, Tensor]) -> QuantLinear:
+        return scheme.linear(stored, dtype=self.dtype, device=self.device, exact=self.exact)
 
     def attention(self, label: str, prefix: str, shape: Shape) -> Attention:
         """The attention of one decoder layer; its projections are fused, row by row unchanged."""

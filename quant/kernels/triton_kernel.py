@@ -1,7 +1,7 @@
 """Our own Triton kernels behind the common interface: so far W4A16 (quant.kernels.w4a16_triton).
 
 A row's bits do not depend on how many rows are read with it, up to as many as the kernel takes; a
-prompt's long chunks are opened to x's dtype and multiplied by cuBLAS.
+prompt's long chunks are opened to x's dtype and multiplied by cuBLAS, unless they must be exact.
 """
 
 from importlib.util import find_spec
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quant.kernels.exact import Tiles
 from quant.kernels.kernel import Kernel, KernelLinear
 from quant.scheme import QuantLinear
 from quant.weight_only import WeightOnlyLinear
@@ -54,10 +55,19 @@ class TritonKernel(Kernel):
             return self.told(f"group_size 64, 128 or a multiple of {COLUMNS}", group)
         return ""
 
-    def fit(self, layer: QuantLinear, dtype: torch.dtype) -> QuantLinear:
-        """Lay a layer out."""
+    def inexact(self, layer: QuantLinear, dtype: torch.dtype) -> str:
+        """By the kernel's design, for as many rows as it takes."""
+        return ""
+
+    def fit(self, layer: QuantLinear, dtype: torch.dtype, *, exact: bool = False) -> QuantLinear:
+        """Lay a layer out; an exact one reads a prompt by this kernel too."""
+        from quant.kernels import w4a16_triton as kernel
+
         assert isinstance(layer, WeightOnlyLinear)
-        return TritonInt4(layer, dtype)
+        fitted = TritonInt4(layer, dtype)
+        if not exact:
+            return fitted
+        return Tiles(fitted, dtype, rows=kernel.MAX_TOKENS, padded=False)
 
 
 class TritonInt4(KernelLinear):
