@@ -19,7 +19,9 @@ from torch import Tensor
 CHUNK = 256  # inputs per step
 ROWS = 64  # output features of a program
 MAX_TOKENS = 128  # two tiles of tokens; wider reads are a prefill's, bound by arithmetic
-MIN_PROGRAMS = 396  # K is split until there are three for each of an H200's 132 multiprocessors
+# K is split until there are about two for each of an H200's 132 multiprocessors: with four splits
+# for two, Llama-3-70B's o, qkv and down took 4 to 22 % longer (1 and 60 tokens, LOG.md).
+MIN_PROGRAMS = 256
 MAX_SPLITS = 8
 NARROWEST, WIDEST = 16, 64  # tokens of a tile
 
