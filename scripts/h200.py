@@ -17,13 +17,14 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from bench import metrics
 from bench.kernel_timing import copy_tb_per_s
-from bench.record import VANILLA, Generation
+from bench.record import VANILLA, Cost, Generation
 from bench.results import CellResult, load
 
 WIDTHS = "1,4,8,16,24,32,48,60,64"
@@ -36,8 +37,12 @@ CASES: dict[str, list[str]] = {
     "8b.dense": [*COST, "model=llama3_8b", "quant=dense"],
     "8b.w4a16": [*COST, "model=llama3_8b", "quant=w4a16"],
     "8b.w8a8": [*COST, "model=llama3_8b", "quant=w8a8"],
+    "8b.w4a16.exact": [*COST, "model=llama3_8b", "quant=w4a16", "exact=true"],
+    "8b.w8a8.exact": [*COST, "model=llama3_8b", "quant=w8a8", "exact=true"],
     "70b.w4a16": [*COST, "model=llama3_70b", "quant=w4a16"],
     "70b.w8a8": [*COST, "model=llama3_70b", "quant=w8a8"],
+    "70b.w4a16.exact": [*COST, "model=llama3_70b", "quant=w4a16", "exact=true"],
+    "70b.w8a8.exact": [*COST, "model=llama3_70b", "quant=w8a8", "exact=true"],
     "70b.dense": [*COST, "model=llama3_70b", "quant=dense"],
     "8b.dense.eagle2": [*EAGLE_8B, "quant=dense"],
     "8b.w4a16.eagle2": [*EAGLE_8B, "quant=w4a16", *DRAFT],
@@ -55,6 +60,7 @@ COPIES = 15
 FORWARD = (
     *("model", "scheme", "lm_head", "kernel", "n", "context", "median_ms", "min_ms", "max_ms"),
     *("repeats", "weight_bytes", "copy_tb_per_s", "share_of_limit", "host_gap_share", "device"),
+    *("exact", "price_of_exact"),  # over the same read where layers need not be
 )
 ROUNDS = (
     *("model", "scheme", "draft_scheme", "method", "acceptance", "prompts", "tokens", "steps"),
@@ -118,7 +124,21 @@ def _forwards(
             *(f"{median:.4f}", f"{times[0]:.4f}", f"{times[-1]:.4f}", len(times)),
             *(cost.weight_bytes, f"{copy_rate:.3f}", f"{limit / median:.3f}"),
             *("" if gap is None or cost.n > 1 else f"{gap:.4f}", cell.device_name),
+            *(cell.cell.exact, _price(cell, cost, cells)),
         )
+
+
+def _price(cell: CellResult, cost: Cost, cells: list[CellResult]) -> str:
+    """What an exact read takes over the same one of the same target as it comes."""
+    as_it_comes = replace(cell, cell=replace(cell.cell, exact=False))
+    plain = [
+        statistics.median(other.repeat_s)
+        for c in cells
+        if cell.cell.exact and c.same_target(as_it_comes)
+        for other in c.costs
+        if (other.what, other.n, other.context) == (cost.what, cost.n, cost.context)
+    ]
+    return f"{statistics.median(cost.repeat_s) / plain[0]:.3f}" if plain else ""
 
 
 def _rounds(cell: CellResult, cells: list[CellResult]) -> tuple[object, ...]:
