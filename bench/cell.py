@@ -24,9 +24,8 @@ from bench.child import ArmJob, Child, run_child
 from bench.config import Config, parse
 from bench.context import note_graphs, note_start, run_name, write_context
 from bench.load import Loader, context_of
-from bench.lossless import divergence
+from bench.lossless import divergence, ending
 from bench.record import RECORDS, Generation, append_line
-from bench.replayed import ending
 from bench.rounds import interleaved, torn_round
 from bench.score import judge, not_scored
 from bench.task import Prompt, Stopper, cut, encode, load
@@ -119,7 +118,7 @@ class Block:
                 if arms:
                     self._round(interleaved(arms, number), number, prompt, bar)
         for arm in self.arms:
-            self.child.end(arm.job, ending(arm.config.accept, read_answers(arm.records)))
+            self.child.end(arm.job, ending(arm.config, read_answers(arm.records)))
 
     def _bar(self, *, done: int) -> "tqdm[NoReturn]":
         return tqdm(

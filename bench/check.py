@@ -72,6 +72,8 @@ def check_quality(config: Config, positions: int) -> None:
     """Check that a window lies within the model's positions, and the dense model beside it."""
     evaluation, target = config.quality, config.model.family.target
     assert evaluation is not None
+    if config.settings.exact:
+        raise ValueError("exact must be false for quality, which reads a window at once, got true")
     check_window(evaluation.window, positions)
     if not evaluation.kl:
         return

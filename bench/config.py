@@ -42,6 +42,7 @@ class Settings:
     results_dir: str
     device: str
     dtype: str
+    exact: bool
     temperature: float
     seed: int
     context: int | None

@@ -35,12 +35,14 @@ def context(
     argv: Sequence[str],
     kernels: Mapping[str, str],
     *,
+    exact: bool,
     copy_tb_per_s: float | None = None,
 ) -> dict[str, Any]:
     """Describe this process and its machine.
 
-    argv: of the command that asked for the work. kernels: of the target's layers, by shape.
-    copy_tb_per_s: what the device's own copy reads and writes, measured in this process.
+    argv: of the command that asked for the work. kernels: of the target's layers, by shape; exact:
+    whether they had to be. copy_tb_per_s: what the device's own copy reads and writes, measured in
+    this process.
     """
     return {
         "schema": SCHEMA,
@@ -54,6 +56,7 @@ def context(
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "kernels": dict(kernels),
+        "exact": exact,
         "copy_tb_per_s": copy_tb_per_s,
         **checkout(ROOT),
         "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],

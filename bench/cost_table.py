@@ -46,6 +46,7 @@ def _cost_row(
         draft_scheme=c.draft_scheme,
         device=c.device,
         dtype=c.dtype,
+        exact=c.exact,
         status=result.status.state,
         reason=result.status.reason,
         cell=result.name,

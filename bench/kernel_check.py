@@ -51,6 +51,8 @@ def check_kernels(config: Config) -> None:
     """Check the GPU, and every kernel that is named against it."""
     own, device = config.schemes, config.settings.device
     check_gpu(device)
+    if config.settings.exact:
+        _check_exact(config)
     for scheme in filter(None, (own.target, own.lm_head, own.draft, own.draft_lm_head)):
         if scheme.kernel not in (AUTO, REFERENCE) and (reason := lacking(scheme.kernel, device)):
             raise ValueError(reason)
@@ -66,8 +68,12 @@ def check_layers(config: Config, folders: Sequence[Path]) -> None:
                 taken = sample(part.scheme, n, k)
             except ValueError as error:
                 raise ValueError(f"{layer}: {error}; {_nearest(part)} works") from error
-            kernel = part.scheme.kernel
-            if kernel not in (AUTO, REFERENCE) and (reason := named(kernel).unfit(taken, dtype)):
+            if part.scheme.kernel in (AUTO, REFERENCE):
+                continue
+            kernel = named(part.scheme.kernel)
+            exact = config.settings.exact and part.key.startswith("quant")  # of the target alone
+            reason = kernel.unfit(taken, dtype) or (kernel.inexact(taken, dtype) if exact else "")
+            if reason:
                 raise ValueError(f"{layer}: {reason}")
 
 
@@ -97,6 +103,27 @@ def sample(scheme: Scheme, n: int, k: int) -> QuantLinear:
     rows = torch.randn(ROWS + n % ROWS, k, generator=torch.Generator().manual_seed(0))
     absmax = torch.ones(k) if scheme.needs_absmax else None
     return scheme.layer(scheme.unsearched.pack(rows, absmax))
+
+
+def _check_exact(config: Config) -> None:
+    """Check that attention is exact: layers can be everywhere, attention is on a GPU alone."""
+    settings = config.settings
+    kind = torch.device(settings.device).type
+    if kind != "cuda":
+        raise ValueError(f"exact=true needs device=cuda, where attention is exact, got {kind}")
+    if settings.dtype == "float64":
+        raise ValueError(
+            "exact=true needs dtype=float32, float16 or bfloat16, which attention is exact in, got "
+            "float64"
+        )
+    target = config.model.family.target
+    if (dim := read_shape(read_config(target)).head_dim) & (dim - 1):
+        raise ValueError(f"exact=true needs a head_dim that is a power of 2, got {dim} in {target}")
+    if config.cost is not None and config.cost.batches != [1]:
+        raise ValueError(
+            f"exact=true needs cost.batches=[1], for whose attention is exact, got "
+            f"{config.cost.batches}"
+        )
 
 
 @cache

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.timer import Timer
 from quant.kernels.choice import AVAILABLE
+from quant.kernels.exact import fixed
 from quant.kernels.kernel import Kernel
 from quant.scheme import REFERENCE, QuantLinear, Scheme
 
@@ -47,16 +48,21 @@ class Timings:
     warmup: int
     rotated_bytes: int
     seed: int
+    exact: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """A layer under one kernel. times_us: of every replay, by M. refusal: why there are none."""
+    """A layer under one kernel. times_us: of every replay, by M. refusal: why there are none.
+
+    uneven: the first M at which a row was another than among the most; 0: none, or nobody asked.
+    """
 
     kernel: str
     refusal: str = ""
     weight_bytes: int = 0
     max_rel_error: float = 0.0
+    uneven: int = 0
     times_us: dict[int, list[float]] = field(default_factory=dict)
 
 
@@ -80,7 +86,7 @@ def products(scheme: Scheme, layer: Layer, how: Timings, *, asked: str | None) -
     for kernel in AVAILABLE:
         if asked not in (None, kernel.name):
             continue
-        if refusal := kernel.refuses(own, how.dtype, how.device):
+        if refusal := kernel.refuses(own, how.dtype, how.device, exact=how.exact):
             yield Product(kernel=kernel.name, refusal=refusal)
         else:
             taken = True
@@ -113,9 +119,9 @@ def _product(
     expected: dict[int, Tensor],
     how: Timings,
 ) -> Product:
-    first = own if kernel is None else kernel.fit(own, how.dtype)
+    first = _laid_out(kernel, own, how)
     count = max(LEAST_COPIES, -(-how.rotated_bytes // first.weight_bytes))
-    copies = [first, *(_copied(kernel, own, how.dtype) for _ in range(count - 1))]
+    copies = [first, *(_laid_out(kernel, deepcopy(own), how) for _ in range(count - 1))]
     worst, times = 0.0, {}
     for m, x in inputs.items():
         found = first(x).double()
@@ -126,14 +132,27 @@ def _product(
         kernel=REFERENCE if kernel is None else kernel.name,
         weight_bytes=first.weight_bytes,
         max_rel_error=worst,
+        uneven=_uneven(first, inputs) if how.exact else 0,
         times_us=times,
     )
 
 
-def _copied(kernel: Kernel | None, own: QuantLinear, dtype: torch.dtype) -> QuantLinear:
-    """Make a layer whose tensors lie elsewhere."""
-    copy = deepcopy(own)
-    return copy if kernel is None else kernel.fit(copy, dtype)
+def _uneven(layer: QuantLinear, inputs: dict[int, Tensor]) -> int:
+    """Read the first M rows of the most, from either end; give the first M where bits differ."""
+    most = inputs[max(inputs)]
+    whole = layer(most)
+    for m in sorted(inputs):
+        alike = torch.equal(layer(most[:m]), whole[:m])
+        if not (alike and torch.equal(layer(most[-m:]), whole[-m:])):
+            return m
+    return 0
+
+
+def _laid_out(kernel: Kernel | None, own: QuantLinear, how: Timings) -> QuantLinear:
+    """Give a layer to a kernel. None: the reference."""
+    if kernel is not None:
+        return kernel.fit(own, how.dtype, exact=how.exact)
+    return fixed(own, how.dtype) if how.exact else own
 
 
 def _times_us(copies: Sequence[QuantLinear], x: Tensor, how: Timings) -> list[float]:

@@ -28,7 +28,7 @@ from methods.weights import read_config
 from quant.kernels import triton_cache
 from quant.kernels.choice import missing
 from quant.kernels.machine import machine_of
-from quant.kernels.table import Table, write_table
+from quant.kernels.table import Table, entry, write_table
 from quant.scheme import AUTO, Scheme
 
 CSV = "kernels.csv"
@@ -46,6 +46,7 @@ class Settings:
     results_dir: str
     device: str
     dtype: str
+    exact: bool
     seed: int
     widths: tuple[int, ...]
     repeats: int
@@ -86,6 +87,7 @@ class Row:
     model: str
     scheme: str
     dtype: str
+    exact: bool
     kernel: str
     layer: str
     k: int
@@ -97,6 +99,7 @@ class Row:
     weight_bytes: int
     copy_tb_per_s: float
     max_rel_error: float
+    uneven: int  # first M at which a row's bits are others than among the most; 0: none
 
 
 class Jobs:
@@ -181,6 +184,7 @@ def _timed(planned: Planned, layer: Layer, copied: float) -> Iterable[Row]:
             warmup=settings.warmup,
             rotated_bytes=settings.rotated_bytes,
             seed=settings.seed,
+            exact=settings.exact,
         ),
         asked=asked,
     ):
@@ -200,6 +204,7 @@ def _rows(planned: Planned, layer: Layer, product: Product, copied: float) -> It
             model=planned.model,
             scheme=planned.scheme.label,
             dtype=planned.settings.dtype,
+            exact=planned.settings.exact,
             kernel=product.kernel,
             layer=layer.name,
             k=layer.k,
@@ -211,12 +216,17 @@ def _rows(planned: Planned, layer: Layer, product: Product, copied: float) -> It
             weight_bytes=product.weight_bytes,
             copy_tb_per_s=round(copied, 3),
             max_rel_error=product.max_rel_error,
+            uneven=product.uneven,
         )
     sys.stdout.write(
-        f"{planned.scheme.label} {layer.name} {product.kernel}: us at {', '.join(told)}; "
+        f"{_entry(planned)} {layer.name} {product.kernel}: us at {', '.join(told)}; "
         f"error {product.max_rel_error:.1e}\n"
     )
     sys.stdout.flush()
+
+
+def _entry(planned: Planned) -> str:
+    return entry(planned.scheme.label, exact=planned.settings.exact)
 
 
 def _most_error(planned: Planned) -> float:
@@ -228,7 +238,10 @@ def _is_whole(rows: Sequence[Row], most: float) -> bool:
     off = {row.kernel for row in rows if not row.max_rel_error <= most}
     for kernel in sorted(off):
         sys.stderr.write(f"error: {kernel} is off by more than {most:g}, not chosen\n")
-    return not off
+    uneven = {row.kernel: row.uneven for row in rows if row.uneven}
+    for kernel, m in sorted(uneven.items()):
+        sys.stderr.write(f"error: {kernel} gives a row of {m} other bits, not chosen\n")
+    return not (off or uneven)
 
 
 def _keep(rows: Sequence[Row], planned: Planned, device: torch.device) -> None:
@@ -236,12 +249,12 @@ def _keep(rows: Sequence[Row], planned: Planned, device: torch.device) -> None:
     dtype = planned.settings.dtype
     total: dict[str, float] = {}
     for row in rows:
-        if row.max_rel_error <= _most_error(planned):
+        if row.max_rel_error <= _most_error(planned) and not row.uneven:
             total[row.kernel] = total.get(row.kernel, 0.0) + row.median_us
     if not total or planned.scheme.kernel != AUTO:
         return
     fastest = min(total, key=total.__getitem__)
-    best = {planned.scheme.label: {f"{rows[0].k}x{rows[0].n}": {dtype: fastest}}}
+    best = {_entry(planned): {f"{rows[0].k}x{rows[0].n}": {dtype: fastest}}}
     try:
         write_table(Table(machine=machine_of(device), best=best))
     except OSError as error:

@@ -50,6 +50,7 @@ class Loader:
             torch.set_num_threads(settings.threads)
         self.model = model
         self._schemes = schemes
+        self._exact = settings.exact
         self._mark = mark
         self.tokenizer = load_tokenizer(model.family.target)
         mark("tokenizer")
@@ -61,8 +62,11 @@ class Loader:
         mark("device")
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._texts: list[list[int]] | None = None
-        self._loaded: dict[tuple[Path, Scheme, Scheme], Transformer] = {}
-        self.target = self._load(model.family.target, schemes, schemes.target, schemes.lm_head)
+        self._loaded: dict[tuple[Path, Scheme, Scheme, bool], Transformer] = {}
+        # What else is loaded drafts or is held against: its rounding decides no token.
+        self.target = self._load(
+            model.family.target, schemes, schemes.target, schemes.lm_head, exact=settings.exact
+        )
 
     @property
     def kernels(self) -> dict[str, str]:
@@ -74,7 +78,13 @@ class Loader:
 
     def context(self, argv: Sequence[str]) -> dict[str, Any]:
         """Describe this process and its machine. argv: of the command that asked for the work."""
-        return context(self.device, argv, self.kernels, copy_tb_per_s=self.copy_tb_per_s)
+        return context(
+            self.device,
+            argv,
+            self.kernels,
+            exact=self._exact,
+            copy_tb_per_s=self.copy_tb_per_s,
+        )
 
     def method(self, config: Config) -> Method:
         """Join a method's settings to loaded models."""
@@ -104,8 +114,16 @@ class Loader:
             return self.target
         return self._load(folder, schemes, plain, plain)
 
-    def _load(self, folder: Path, schemes: Schemes, scheme: Scheme, lm_head: Scheme) -> Transformer:
-        key = (folder, scheme, lm_head)
+    def _load(
+        self,
+        folder: Path,
+        schemes: Schemes,
+        scheme: Scheme,
+        lm_head: Scheme,
+        *,
+        exact: bool = False,
+    ) -> Transformer:
+        key = (folder, scheme, lm_head, exact)
         if key not in self._loaded:
             self._loaded[key] = load_calibrated(
                 folder,
@@ -116,6 +134,7 @@ class Loader:
                 device=self.device,
                 texts=self._calibration() if scheme.needs_absmax or lm_head.needs_absmax else [],
                 mark=self._mark,
+                exact=exact,
             )
         return self._loaded[key]
 

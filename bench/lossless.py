@@ -2,19 +2,44 @@
 
 A method is lossless: it emits the target's own tokens. Forwards of different width may round
 differently, so that a near-tie falls the other way. The target's own gap between the two tokens,
-measured by reading the common prefix once more, tells a near-tie from a fault.
+measured by reading the common prefix once more, tells a near-tie from a fault. Where every
+operation is exact there is nothing to round differently, and any difference is a fault.
 """
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from bench.config import Config
+from bench.record import Generation, Status
+from bench.replayed import missed
 from methods.decode import PREFILL_CHUNK
 from methods.transformer import Transformer
 from methods.verify import Rule
 
 ENDED = -1  # in place of a token, where one answer ends and the other goes on
+
+
+def ending(config: Config, generations: Sequence[Generation]) -> Status:
+    """How a cell ends whose prompts are all recorded."""
+    problem = missed(config.accept, generations)
+    if config.settings.exact:
+        problem = problem or different(generations)
+    return Status(state="failed" if problem else "done", reason=problem)
+
+
+def different(generations: Sequence[Generation]) -> str:
+    """Say where answers differ from vanilla's though every operation is exact; else nothing."""
+    apart = [(g, g.divergence) for g in generations if g.divergence is not None]
+    if not apart:
+        return ""
+    first, where = apart[0]
+    return (
+        f"exact=true: tokens must be vanilla's, got others in {len(apart)} of {len(generations)} "
+        f"turns, first in {first.prompt_id} turn {first.turn} at token {where['index']}"
+    )
 
 
 def divergence(

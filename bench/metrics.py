@@ -158,15 +158,20 @@ def pair(
 
 
 def agreement(
-    pairs: Sequence[tuple[Generation, Generation]], tie_threshold_nats: float
+    pairs: Sequence[tuple[Generation, Generation]], tie_threshold_nats: float | None
 ) -> Agreement | None:
-    """Compare tokens turn by turn; a gap of at most the threshold makes a difference a tie."""
+    """Compare tokens turn by turn; a gap of at most the threshold makes a difference a tie.
+
+    tie_threshold_nats: None where every operation was exact, so that nothing excuses a difference.
+    """
     if not pairs:
         return None
     equal = ties = unknown = 0
     for mine, vanilla in pairs:
         if mine.token_ids == vanilla.token_ids:
             equal += 1
+        elif tie_threshold_nats is None:
+            continue
         elif not _measured(mine, vanilla):
             unknown += 1
         elif mine.divergence and mine.divergence["gap_nats"] <= tie_threshold_nats:

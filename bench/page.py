@@ -108,7 +108,8 @@ class Group:
         r = self.rows[0]
         decoding = "greedy" if r.temperature == 0 else f"temperature {r.temperature:g}"
         prompts = max(row.num_prompts for row in self.rows)
-        return f"{r.weights} weights, {r.device}, {r.dtype}, {decoding}, up to {prompts} prompts"
+        dtype = f"{r.dtype}, exact" if r.exact else r.dtype
+        return f"{r.weights} weights, {r.device}, {dtype}, {decoding}, up to {prompts} prompts"
 
     @property
     def targets(self) -> list[str]:

@@ -218,6 +218,7 @@ class Planner:
             block=choice.block,
             device=settings.device,
             dtype=settings.dtype,
+            exact=settings.exact,
             temperature=settings.temperature,
             tie_threshold_nats=settings.tie_threshold(planned.stored.scheme),
             config_hash=config_hash(planned.tree, planned.data),

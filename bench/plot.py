@@ -205,6 +205,6 @@ def _line_at_one(axes: Axes) -> None:
 
 
 def _title(group: tuple[object, ...]) -> str:
-    model, weights, task, device, dtype, temperature = group
+    model, weights, task, device, dtype, exact, temperature = group
     sampled = "" if temperature == 0 else f", temperature {temperature}"
-    return f"{model} ({weights}), {task}, {device} {dtype}{sampled}"
+    return f"{model} ({weights}), {task}, {device} {dtype}{', exact' if exact else ''}{sampled}"

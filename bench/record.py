@@ -145,6 +145,7 @@ class Cell(Record):
     task: str
     device: str
     dtype: str
+    exact: bool = False  # the target's rows do not depend on how many tokens are read
     block: str = ""
     acceptance: str = "measured"  # measured | replay:<profile>
     temperature: float = 0.0

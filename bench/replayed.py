@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 
 from bench.config import Config
-from bench.record import Generation, Status
+from bench.record import Generation
 from methods.hierarchical import Hierarchical
 from methods.recipe import Recipe
 from methods.replay import Acceptance, AcceptanceProfile
@@ -32,12 +32,6 @@ def _check(accept: Acceptance, recipe: Recipe) -> None:
             f"{accept.small.label} in {accept.name}"
         )
     _check(accept.small, recipe.inner)
-
-
-def ending(accept: Acceptance, generations: Sequence[Generation]) -> Status:
-    """How a cell ends whose prompts are all recorded."""
-    problem = missed(accept, generations)
-    return Status(state="failed" if problem else "done", reason=problem)
 
 
 def missed(accept: Acceptance, generations: Sequence[Generation]) -> str:

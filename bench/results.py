@@ -73,7 +73,12 @@ class CellResult:
         """What two cells must share for their costs to be of the same target on one device."""
         c = self.cell
         labels = (c.model, c.weights, c.scheme, c.lm_head, c.folder)
-        return (*labels, c.device, c.dtype, self.device_name)
+        return (*labels, c.device, c.dtype, f"exact={c.exact}", self.device_name)
+
+    @property
+    def tie_threshold_nats(self) -> float | None:
+        """How near a tie excuses a difference; None where all operations are exact: none does."""
+        return None if self.cell.exact else self.cell.tie_threshold_nats
 
     def same_target(self, other: "CellResult") -> bool:
         """Whether both have measured one target on one device, by labels and by weights."""
@@ -239,7 +244,7 @@ def _is_report(folder: Path, root: Path) -> bool:
 def _arm(result: CellResult) -> tuple[object, ...]:
     c = result.cell
     return (
-        (c.model, c.weights, c.task, c.device, result.device_name, c.dtype, c.temperature),
+        (c.model, c.weights, c.task, c.device, result.device_name, c.dtype, c.exact, c.temperature),
         (c.method, c.draft_scheme, c.acceptance),
     )
 
@@ -248,7 +253,7 @@ def _place(result: CellResult) -> tuple[object, ...]:
     c = result.cell
     return (
         result.synthetic,
-        (c.model, c.weights, c.task, c.device, c.dtype, c.temperature),
+        (c.model, c.weights, c.task, c.device, c.dtype, c.exact, c.temperature),
         (not is_dense(c.scheme), c.scheme, c.lm_head, c.folder),
         (c.method != VANILLA, c.method, c.draft_scheme, c.acceptance),
         result.name,

@@ -16,10 +16,13 @@ def is_synthetic(*, weights: str, acceptance: str) -> bool:
     return weights == "random" or acceptance != "measured"
 
 
-def target_label(scheme: str, lm_head: str, folder: str) -> str:
-    """Name a target: its scheme, lm_head's where it is quantised too, a folder of its own."""
+def target_label(scheme: str, lm_head: str, folder: str, *, exact: bool = False) -> str:
+    """Name a target: its scheme, lm_head's where it is quantised too, a folder of its own.
+
+    exact: where it stands beside others that are not.
+    """
     head = "" if is_dense(lm_head) else f", lm_head {lm_head}"
-    return scheme + head + (f" ({folder})" if folder else "")
+    return scheme + head + ", exact" * exact + (f" ({folder})" if folder else "")
 
 
 def arm_label(method: str, draft_scheme: str) -> str:
@@ -49,6 +52,7 @@ class CellRow:
     agreement: float | None = None
     status: str
     dtype: str
+    exact: bool = False  # rows of the target do not depend on how many tokens are read
     lm_head: str
     acceptance: str
     temperature: float
@@ -95,7 +99,8 @@ class CellRow:
     @property
     def group(self) -> tuple[object, ...]:
         """What the cells of one matrix share."""
-        return (self.model, self.weights, self.task, self.device, self.dtype, self.temperature)
+        machine = (self.device, self.dtype, self.exact)
+        return (self.model, self.weights, self.task, *machine, self.temperature)
 
     @property
     def target(self) -> str:
@@ -164,6 +169,7 @@ class CostRow:
     draft_scheme: str
     device: str
     dtype: str
+    exact: bool = False
     status: str
     reason: str
     cell: str
@@ -172,7 +178,7 @@ class CostRow:
     @property
     def target(self) -> str:
         """A line of a figure."""
-        return target_label(self.scheme, self.lm_head, self.folder)
+        return target_label(self.scheme, self.lm_head, self.folder, exact=self.exact)
 
     @property
     def arm(self) -> str:

@@ -141,6 +141,7 @@ def _cell_row(result: CellResult, campaign: Campaign, bootstrap: Bootstrap) -> C
         num_tokens=metrics.num_tokens(ok),
         status=result.status.state,
         dtype=c.dtype,
+        exact=c.exact,
         lm_head=c.lm_head,
         acceptance=c.acceptance,
         temperature=c.temperature,
@@ -238,7 +239,7 @@ def _beside(
         reason=f"{paired.num_unpaired} turns without a vanilla turn" * bool(paired.num_unpaired),
     )
     if result.tokens_matter:
-        row = _agreeing(row, paired, result.cell.tie_threshold_nats)
+        row = _agreeing(row, paired, result.tie_threshold_nats)
     dense = campaign.dense_of(result)
     dense_vanilla = campaign.vanilla_of(dense) if dense else None
     if dense is None or dense_vanilla is None or is_dense(result.cell.scheme):
@@ -254,7 +255,7 @@ def _beside(
     )
 
 
-def _agreeing(row: CellRow, paired: metrics.Pairing, tie_threshold_nats: float) -> CellRow:
+def _agreeing(row: CellRow, paired: metrics.Pairing, tie_threshold_nats: float | None) -> CellRow:
     """Fill the verdict; sampled tokens are drawn with the same noise, so they must agree too."""
     agreed = metrics.agreement(paired.pairs, tie_threshold_nats)
     if agreed is None:

@@ -24,11 +24,12 @@ def load_calibrated(
     device: torch.device,
     texts: Sequence[list[int]],
     mark: Mark = unmarked,
+    exact: bool = False,
 ) -> Transformer:
     """Read a model in a scheme; where the scheme asks for it, run the dense model on `texts` first.
 
-    texts: token ids. mark: told where the time goes, as a `Packer` is. Raises ValueError where the
-    scheme needs texts and there are none; made-up weights need none.
+    texts: token ids. mark: told where the time goes, and exact: as a `Packer`'s. Raises ValueError
+    where the scheme needs texts and there are none; made-up weights need none.
     """
     absmax: dict[str, Tensor] | None = None
     asking = [s.label for s in (scheme, lm_head) if s.needs_absmax]
@@ -41,7 +42,14 @@ def load_calibrated(
         absmax = input_absmax(plain, texts)
         mark("calibration")
     return load_transformer(
-        folder, scheme=scheme, lm_head=lm_head, dtype=dtype, device=device, absmax=absmax, mark=mark
+        folder,
+        scheme=scheme,
+        lm_head=lm_head,
+        dtype=dtype,
+        device=device,
+        absmax=absmax,
+        mark=mark,
+        exact=exact,
     )
 
 

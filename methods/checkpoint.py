@@ -111,10 +111,16 @@ def load_transformer(
     device: torch.device,
     absmax: Mapping[str, Tensor] | None = None,
     mark: Mark = unmarked,
+    exact: bool = False,
 ) -> Transformer:
-    """Read a Llama folder into a model whose linear layers are in `scheme`. mark: a `Packer`'s."""
+    """Read a Llama folder into a model whose linear layers are in `scheme`.
+
+    mark, exact: a `Packer`'s.
+    """
     shape = check_transformer(folder)
-    packer = open_packer(folder, scheme, dtype=dtype, device=device, absmax=absmax, mark=mark)
+    packer = open_packer(
+        folder, scheme, dtype=dtype, device=device, absmax=absmax, mark=mark, exact=exact
+    )
     with naming(folder):
         return build_transformer(shape, packer, lm_head)
 
@@ -135,6 +141,7 @@ def open_packer(
     device: torch.device,
     absmax: Mapping[str, Tensor] | None = None,
     mark: Mark = unmarked,
+    exact: bool = False,
 ) -> Packer:
     """Make a packer of a folder's weights, however they are stored."""
     weights = Weights(folder, device=device)
@@ -147,6 +154,7 @@ def open_packer(
         quantization=quantization,
         absmax=absmax,
         mark=mark,
+        exact=exact,
     )
 
 

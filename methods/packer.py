@@ -31,12 +31,14 @@ class Packer:
         quantization: Quantization | None = None,
         absmax: Mapping[str, Tensor] | None = None,
         mark: Mark = unmarked,
+        exact: bool = False,
     ) -> None:
         """quantization: how the weights are stored, where they are not dense.
 
         mark: told `weights`, `rounding` and `layout` as a layer has been read, rounded and laid out
         for its kernel; `kernels` in place of the last where a layer is the first of its shape, for
-        which kernels are compiled or loaded.
+        which kernels are compiled or loaded. exact: rows of a layer's product do not depend on how
+        many are read (`Scheme.linear`).
         """
         self.weights = weights
         self.quantization = quantization
@@ -45,6 +47,7 @@ class Packer:
         self.device = device
         self.absmax = absmax or {}
         self.mark = mark
+        self.exact = exact
         self._seen: set[tuple[str, int, int]] = set()
 
     def of(self, scheme: Scheme) -> "Packer":
@@ -57,6 +60,7 @@ class Packer:
             quantization=self.quantization,
             absmax=self.absmax,
             mark=self.mark,
+            exact=self.exact,
         )
 
     def tensor(self, name: str) -> Tensor:
@@ -98,7 +102,7 @@ class Packer:
         self.mark("weights")
         packed = self._packed(whole, label)
         self.mark("rounding")
-        return self.scheme.linear(packed, dtype=self.dtype, device=self.device)
+        return self._fitted(self.scheme, packed)
 
     def _packed(self, whole: Tensor, label: str) -> dict[str, Tensor]:
         """Pack a weight, in pieces where that is the same: rounding widens what it works on."""
@@ -130,13 +134,11 @@ class Packer:
         ]
         parts = [tensors for _, tensors in stored]
         if len(set(schemes)) == 1 and (whole := stack(parts)) is not None:
-            return schemes[0].linear(whole, dtype=self.dtype, device=self.device)
-        return StackedLinear(
-            [
-                scheme.linear(part, dtype=self.dtype, device=self.device)
-                for scheme, part in zip(schemes, parts, strict=True)
-            ]
-        )
+            return self._fitted(schemes[0], whole)
+        return StackedLinear([self._fitted(*part) for part in zip(schemes, parts, strict=True)])
+
+    def _fitted(self, scheme: Scheme, stored: Mapping[str, Tensor]) -> QuantLinear:
+        return scheme.linear(stored, dtype=self.dtype, device=self.device, exact=self.exact)
 
     def attention(self, label: str, prefix: str, shape: Shape) -> Attention:
         """The attention of one decoder layer; its projections are fused, row by row unchanged."""

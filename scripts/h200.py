@@ -21,6 +21,7 @@ TABLES = "tables"
 COST = ["cost", "cost.widths=[1,4,8,16,24,32,48,60,64]", "cost.contexts=[512]", "context=1024"]
 RUN = ["run", "context=1024", "task.limit=3"]
 TARGETS = ("w4a16", "w8a8", "dense")
+EXACT = ("w4a16", "w8a8")
 DRAFT = ["method.draft_scheme=w4a16", "method.draft_lm_head=w4a16"]
 # The constant acceptance that gives 4.1 over 6 levels gives 3.01 over 3; 4 of 6 is assumed.
 SHALLOW, CHAIN = ["accept=constant", "accept.tau=3.01"], ["accept=constant", "accept.tau=4"]
@@ -45,6 +46,8 @@ def cases() -> dict[str, list[str]]:
     for name in ("8b.dense", "8b.w4a16", "8b.w8a8", "8b.fp8", "70b.w4a16", "70b.w8a8", "70b.dense"):
         model, scheme = name.split(".")
         made[name] = [*COST, "method=vanilla", f"model=llama3_{model}", f"quant={scheme}"]
+        if scheme in EXACT:
+            made[f"{name}.exact"] = [*made[name], "exact=true"]
     for target in TARGETS:
         for name, words in ROUNDS.items():
             own = [*words, f"quant={target}", *DRAFT]

@@ -13,10 +13,11 @@ proposal, a read of as many tokens, and the commit; `parts_apart` is how far tha
 import csv
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from bench import metrics
-from bench.record import VANILLA, Generation
+from bench.record import VANILLA, Cost, Generation
 from bench.results import Campaign, CellResult, load
 
 MOST_APART = 0.05  # of a round's wall time: parts and whole must agree so far
@@ -66,7 +67,22 @@ def _forwards(cell: CellResult, cells: list[CellResult]) -> Iterator[Row]:
             "share_of_limit": _told(copied and cost.weight_bytes / copied / 1e9 / median, 3),
             "host_gap_share": _told(gap if cost.n == 1 else None, 4),
             "device": cell.device_name,
+            "exact": cell.cell.exact,
+            "price_of_exact": _told(_price(cell, cost, cells), 3),
         }
+
+
+def _price(cell: CellResult, cost: Cost, cells: list[CellResult]) -> float | None:
+    """What an exact read takes over the same one of the same target as it comes."""
+    as_it_comes = replace(cell, cell=replace(cell.cell, exact=False))
+    plain = [
+        statistics.median(other.repeat_s)
+        for c in cells
+        if cell.cell.exact and c.same_target(as_it_comes)
+        for other in c.costs
+        if (other.what, other.n, other.context) == (cost.what, cost.n, cost.context)
+    ]
+    return statistics.median(cost.repeat_s) / plain[0] if plain else None
 
 
 def _round(cell: CellResult, campaign: Campaign) -> Row:

@@ -10,16 +10,20 @@ humming leads in every quantised format that it computes but w4a16 at 16 to 32 t
 Triton kernel is ahead by a sixth, behind by a fifth at 48 to 64, and never depends on how many
 tokens are read; tinygemm keeps up at one token and takes 15 times as long at 64. Dense layers
 are cuBLAS's.
+
+Where layers must be exact (`Kernel.inexact`), humming comes last, since it gives up splitting its
+sums for it, and the reference always multiplies as many rows.
 """
 
 from collections.abc import Sequence
 
 import torch
 
+from quant.kernels.exact import fixed
 from quant.kernels.humming import HummingKernel
 from quant.kernels.kernel import Absent, Kernel
 from quant.kernels.machine import machine_of
-from quant.kernels.table import Table, read_table
+from quant.kernels.table import Table, entry, read_table
 from quant.kernels.torch_kernels import TorchKernel
 from quant.kernels.triton_kernel import TritonKernel
 from quant.scheme import AUTO, REFERENCE, QuantLinear, Scheme
@@ -30,31 +34,36 @@ MARLIN = (
 )
 # In the order that `auto` asks them.
 AVAILABLE: Sequence[Kernel] = (
-    HummingKernel(exact=False),
+    HummingKernel(),
     TritonKernel(),
     TorchKernel(),
     Absent("marlin", MARLIN),
 )
+# In the order that `auto` asks them for exact layers.
+EXACT_ORDER = ("triton", "torch", "humming", "marlin")
 
 
-def fit(layer: QuantLinear, scheme: Scheme, dtype: torch.dtype) -> QuantLinear:
+def fit(
+    layer: QuantLinear, scheme: Scheme, dtype: torch.dtype, *, exact: bool = False
+) -> QuantLinear:
     """Give a layer, on its device, in the layout of the scheme's kernel. dtype: of activations.
 
-    Raises ValueError where a kernel was named and refuses.
+    exact: see `Kernel.inexact`. Raises ValueError where a kernel was named and refuses.
     """
     device = next(layer.buffers()).device
     # What a checkpoint stores dense is no layer of the kernel that was named for its others.
     asked = AUTO if scheme.as_stored else scheme.kernel
-    if asked == REFERENCE or (asked == AUTO and device.type != "cuda"):
-        return layer
-    if asked != AUTO:
-        kernel = named(asked)
-        if reason := kernel.refuses(layer, dtype, device):
+    chosen: Kernel | None = None
+    if asked == AUTO and device.type == "cuda":
+        table = read_table(machine_of(device))
+        chosen = choose(layer, scheme.label, dtype, device, table, exact=exact)
+    elif asked not in (AUTO, REFERENCE):
+        chosen = named(asked)
+        if reason := chosen.refuses(layer, dtype, device, exact=exact):
             raise ValueError(reason)
-        return kernel.fit(layer, dtype)
-    table = read_table(machine_of(device))
-    chosen = choose(layer, scheme.label, dtype, device, table)
-    return layer if chosen is None else chosen.fit(layer, dtype)
+    if chosen is not None:
+        return chosen.fit(layer, dtype, exact=exact)
+    return fixed(layer, dtype) if exact else layer
 
 
 def choose(
@@ -64,13 +73,17 @@ def choose(
     device: torch.device,
     table: Table,
     kernels: Sequence[Kernel] = AVAILABLE,
+    *,
+    exact: bool = False,
 ) -> Kernel | None:
     """Give the fastest kernel that takes a layer; None: the reference. label: of its scheme."""
-    measured = table.kernel(label, layer, dtype)
+    measured = table.kernel(entry(label, exact=exact), layer, dtype)
     if measured == REFERENCE:
         return None
+    if exact:
+        kernels = sorted(kernels, key=lambda kernel: EXACT_ORDER.index(kernel.name))
     ordered = sorted(kernels, key=lambda kernel: kernel.name != measured)
-    return next((k for k in ordered if not k.refuses(layer, dtype, device)), None)
+    return next((k for k in ordered if not k.refuses(layer, dtype, device, exact=exact)), None)
 
 
 def named(name: str) -> Kernel:

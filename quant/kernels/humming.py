@@ -46,13 +46,10 @@ LOCKS = 2048  # of the sums that several blocks share; each layer has its own
 ROOM = 15  # float16 ends at 2^16
 
 
-@dataclass(frozen=True, kw_only=True)
 class HummingKernel(Kernel):
-    """exact: rows do not depend on how many are read at once; sums are then never split."""
+    """Kernels that are compiled by nvcc at their first use."""
 
     name: ClassVar[str] = "humming"
-
-    exact: bool
 
     def missing(self, device: torch.device) -> str:
         """A GPU, the package, and a compiler."""
@@ -88,11 +85,18 @@ class HummingKernel(Kernel):
         known = isinstance(layer, W8A8Linear)
         return "" if known else self.told("a quantised format", type(layer).__name__, "torch")
 
-    def fit(self, layer: QuantLinear, dtype: torch.dtype) -> QuantLinear:
+    def inexact(self, layer: QuantLinear, dtype: torch.dtype) -> str:
+        """Every format can be: the same steps of K at every width, and no sum that is split.
+
+        A split sum is added up in x's dtype, in the order in which its parts end.
+        """
+        return ""
+
+    def fit(self, layer: QuantLinear, dtype: torch.dtype, *, exact: bool = False) -> QuantLinear:
         """Lay out, compile and try."""
         plan = _plan(layer, dtype)
         return build.retried(
-            lambda: HummingLinear(layer, plan, dtype, exact=self.exact),
+            lambda: HummingLinear(layer, plan, dtype, exact=exact),
             n=layer.out_features,
             k=layer.in_features,
         )

@@ -31,15 +31,27 @@ class Kernel(ABC):
         """Say in one line why a layer is none of this kernel's; empty: it is. dtype: of x."""
 
     @abstractmethod
-    def fit(self, layer: QuantLinear, dtype: torch.dtype) -> QuantLinear:
+    def inexact(self, layer: QuantLinear, dtype: torch.dtype) -> str:
+        """Say in one line why a layer of this kernel's cannot be exact; empty: `fit` can make it.
+
+        Exact: a row of the product depends on that row of x alone, bit for bit; neither on how many
+        are read with it nor on its place among them.
+        """
+
+    @abstractmethod
+    def fit(self, layer: QuantLinear, dtype: torch.dtype, *, exact: bool = False) -> QuantLinear:
         """Lay a layer out for this kernel, on the layer's device; only where nothing refuses.
 
         What may be compiled is compiled here, so that a forward can be captured as a CUDA graph.
+        exact: see `inexact`. Raises ValueError where that turns out not to hold.
         """
 
-    def refuses(self, layer: QuantLinear, dtype: torch.dtype, device: torch.device) -> str:
+    def refuses(
+        self, layer: QuantLinear, dtype: torch.dtype, device: torch.device, *, exact: bool = False
+    ) -> str:
         """Say in one line why not; empty: `fit` works."""
-        return self.missing(device) or self.unfit(layer, dtype)
+        why = self.missing(device) or self.unfit(layer, dtype)
+        return why or (self.inexact(layer, dtype) if exact else "")
 
     def told(self, needed: str, got: object, instead: str = "reference") -> str:
         """Put a refusal in the house's words."""
@@ -61,7 +73,11 @@ class Absent(Kernel):
         """Give the reason."""
         return self.missing(torch.device("cpu"))
 
-    def fit(self, layer: QuantLinear, dtype: torch.dtype) -> QuantLinear:
+    def inexact(self, layer: QuantLinear, dtype: torch.dtype) -> str:
+        """Give the reason."""
+        return self.missing(torch.device("cpu"))
+
+    def fit(self, layer: QuantLinear, dtype: torch.dtype, *, exact: bool = False) -> QuantLinear:
         """Refuse."""
         raise ValueError(self.unfit(layer, dtype))
 

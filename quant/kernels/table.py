@@ -1,7 +1,8 @@
 """Which kernel was the fastest for a layer on this machine: measured by `specquant kernels`.
 
     {"schema": 1, "machine": {"gpu": ..., "torch": ..., "triton": ..., "humming": ...},
-     "best": {"w4a16-g128": {"8192x57344": {"float16": "humming"}}}}
+     "best": {"w4a16-g128": {"8192x57344": {"float16": "humming"}},
+              "w4a16-g128, exact": {"8192x57344": {"float16": "triton"}}}}
 
 One file a machine. One that is torn, of another schema or of other versions counts as none: it
 only says what is faster, so that a missing one costs time and nothing else.
@@ -27,14 +28,19 @@ Best: TypeAlias = Mapping[str, Mapping[str, Mapping[str, str]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """The fastest kernel by scheme label, shape and dtype of activations."""
+    """The fastest kernel by scheme (`entry`), shape and dtype of activations."""
 
     machine: Machine
     best: Best
 
-    def kernel(self, label: str, layer: QuantLinear, dtype: torch.dtype) -> str | None:
+    def kernel(self, scheme: str, layer: QuantLinear, dtype: torch.dtype) -> str | None:
         """Give the fastest kernel of a layer; None where nobody measured."""
-        return self.best.get(label, {}).get(shape_name(layer), {}).get(dtype_name(dtype))
+        return self.best.get(scheme, {}).get(shape_name(layer), {}).get(dtype_name(dtype))
+
+
+def entry(label: str, *, exact: bool) -> str:
+    """Name a scheme's layers in a table. exact: as of `quant.kernels.kernel.Kernel.inexact`."""
+    return f"{label}, exact" if exact else label
 
 
 def shape_name(layer: QuantLinear) -> str:

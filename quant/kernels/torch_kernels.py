@@ -18,6 +18,7 @@ from quant.dense import DenseLinear
 from quant.fp8 import FP8Linear
 from quant.grid import Tokens
 from quant.integer import CUDA_MIN_ROWS
+from quant.kernels.exact import ROWS, fixed
 from quant.kernels.kernel import Kernel, KernelLinear, Rounded
 from quant.kernels.layout import Layout
 from quant.scheme import QuantLinear
@@ -54,8 +55,21 @@ class TorchKernel(Kernel):
             return self.told("dtype=bfloat16 for fp8", dtype)
         return ""
 
-    def fit(self, layer: QuantLinear, dtype: torch.dtype) -> QuantLinear:
+    def inexact(self, layer: QuantLinear, dtype: torch.dtype) -> str:
+        """Integer sums are; what is summed in floats always multiplies ROWS rows, but tinygemm."""
+        if not isinstance(layer, WeightOnlyLinear):
+            return ""
+        slow = "4-bit ones, which it reads again for every 16 rows"
+        return self.told(f"8-bit or dense weights for exact=true, as {ROWS} rows", slow, "triton")
+
+    def fit(self, layer: QuantLinear, dtype: torch.dtype, *, exact: bool = False) -> QuantLinear:
         """Lay a layer out."""
+        fitted = self._laid_out(layer, dtype)
+        if not exact or isinstance(fitted, TorchInt8):  # whose sums are exact
+            return fitted
+        return fixed(fitted, dtype)
+
+    def _laid_out(self, layer: QuantLinear, dtype: torch.dtype) -> KernelLinear:
         if isinstance(layer, DenseLinear):
             return TorchDense(layer, dtype)
         if isinstance(layer, WeightOnlyLinear):

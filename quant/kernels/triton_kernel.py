@@ -1,7 +1,11 @@
-"""Our own Triton kernels behind the common interface: so far W4A16 (quant.kernels.w4a16_triton).
+"""Our own Triton kernels behind the common interface.
+
+    w4a16    quant.kernels.w4a16_triton
+    w8a8     quant.kernels.w8a8_triton
 
 A row's bits do not depend on how many rows are read with it, up to as many as the kernel takes; a
-prompt's long chunks are opened to x's dtype and multiplied by cuBLAS.
+prompt's long chunks are cuBLAS's, the integers as they are, the others opened to x's dtype unless
+they must be exact.
 """
 
 from importlib.util import find_spec
@@ -11,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quant.kernels.exact import Tiles
 from quant.kernels.kernel import Kernel, KernelLinear
+from quant.kernels.torch_kernels import TorchInt8
 from quant.scheme import QuantLinear
+from quant.w8a8 import W8A8Linear
 from quant.weight_only import WeightOnlyLinear
 
 if TYPE_CHECKING:
@@ -42,22 +49,36 @@ class TritonKernel(Kernel):
 
     def unfit(self, layer: QuantLinear, dtype: torch.dtype) -> str:
         """Look at the format, then at the kernel's own limits."""
-        if not isinstance(layer, WeightOnlyLinear) or layer.bits != 4:
-            return self.told("4-bit weights and activations as they are", type(layer).__name__)
+        is_int4 = isinstance(layer, WeightOnlyLinear) and layer.bits == 4
+        if not (is_int4 or isinstance(layer, W8A8Linear)):
+            return self.told("4-bit weights, or 8-bit integers all through", type(layer).__name__)
         if dtype not in DTYPES:
             return self.told("dtype=float16 or bfloat16", dtype)
         n, k = layer.out_features, layer.in_features
         if n % ROWS or k % COLUMNS:
             return self.told(f"N in multiples of {ROWS} and K of {COLUMNS}", f"N={n}, K={k}")
+        if not isinstance(layer, WeightOnlyLinear):
+            return ""
         group = k // layer.scales.shape[1]
         if group not in GROUPS and group % COLUMNS:
             return self.told(f"group_size 64, 128 or a multiple of {COLUMNS}", group)
         return ""
 
-    def fit(self, layer: QuantLinear, dtype: torch.dtype) -> QuantLinear:
-        """Lay a layer out."""
+    def inexact(self, layer: QuantLinear, dtype: torch.dtype) -> str:
+        """By the kernels' design."""
+        return ""
+
+    def fit(self, layer: QuantLinear, dtype: torch.dtype, *, exact: bool = False) -> QuantLinear:
+        """Lay a layer out; an exact one reads a prompt by this kernel too."""
+        if isinstance(layer, W8A8Linear):
+            return TritonInt8(layer, dtype)
+        from quant.kernels import w4a16_triton as kernel
+
         assert isinstance(layer, WeightOnlyLinear)
-        return TritonInt4(layer, dtype)
+        fitted = TritonInt4(layer, dtype)
+        if not exact:
+            return fitted
+        return Tiles(fitted, dtype, rows=kernel.MAX_TOKENS, padded=False)
 
 
 class TritonInt4(KernelLinear):
@@ -105,3 +126,32 @@ class TritonInt4(KernelLinear):
         return Prepared(
             words=self.words, scales=self.scales, zeros=self.zeros, counters=self.counters
         )
+
+
+class TritonInt8(KernelLinear):
+    """8-bit weights as they are stored; reads that are too wide are cuBLAS's."""
+
+    counters: Tensor
+
+    def __init__(self, layer: W8A8Linear, dtype: torch.dtype) -> None:
+        from quant.kernels import w8a8_triton as kernel
+
+        super().__init__(layer, kernel=TritonKernel.name, dtype=dtype)
+        self.wide = TorchInt8(layer, dtype)
+        counters = kernel.counters(layer.out_features, layer.weight.device)
+        self.register_buffer("counters", counters)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply. x: [n, K] -> [n, N]."""
+        from quant.kernels import w8a8_triton as kernel
+        from quant.kernels.tokens_triton import round_rows
+
+        own = self.wide
+        if len(x) > kernel.MAX_TOKENS:
+            return own.multiply(x)
+        codes, scale = round_rows(x, codes=torch.int8, smooth=own.smooth)
+        return kernel.matmul(codes, scale, own.weight, own.scales, self.counters, x.dtype)
+
+    def reference(self) -> QuantLinear:
+        """Give the scheme's layer: the layout is its own."""
+        return self.wide.reference()

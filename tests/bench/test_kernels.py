@@ -31,7 +31,7 @@ W4A16 = {
 def planned() -> Planned:
     # Settings refuse a machine without a GPU, as they must; what comes after is looked at here.
     settings = object.__new__(Settings)
-    values = {"dtype": "float16", "widths": (1, 4), "device": "cuda"}
+    values = {"dtype": "float16", "widths": (1, 4), "device": "cuda", "exact": False}
     for name, value in values.items():
         object.__setattr__(settings, name, value)
     scheme = build(W4A16, Scheme, key="quant")  # type: ignore[type-abstract]

@@ -55,7 +55,10 @@ class Taking(Kernel):
     def unfit(self, layer: QuantLinear, dtype: torch.dtype) -> str:
         return "" if self.takes else "not this one"
 
-    def fit(self, layer: QuantLinear, dtype: torch.dtype) -> QuantLinear:
+    def inexact(self, layer: QuantLinear, dtype: torch.dtype) -> str:
+        return ""
+
+    def fit(self, layer: QuantLinear, dtype: torch.dtype, *, exact: bool = False) -> QuantLinear:
         return layer
 
 

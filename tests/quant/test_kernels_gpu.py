@@ -183,15 +183,6 @@ def test_integer_sums_are_exact(label: str) -> None:
     assert torch.allclose(layer(x).double(), expected, rtol=2**-9, atol=0)
 
 
-@pytest.mark.parametrize("label", ["w4a16-g128", "w8a8", "qqq-channel"])
-def test_exact_rows_do_not_depend_on_how_many_are_read(label: str) -> None:
-    layer = HummingKernel(exact=True).fit(reference(label), torch.float16)
-    x = inputs(64, torch.float16)
-    whole = layer(x)
-    for n in (1, 2, 8, 17, 33):
-        assert torch.equal(layer(x[:n]), whole[:n]), n
-
-
 @pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn])
 def test_tokens_are_rounded_as_the_reference_rounds_them(codes: torch.dtype) -> None:
     from quant.grid import round_tokens, round_tokens_e4m3
@@ -231,7 +222,7 @@ def relative_binaries(folder: Path) -> set[Path]:
 
 def test_a_torn_binary_is_compiled_anew(_torn_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = reference("w4a16-g64", n=512)
-    kernel = HummingKernel(exact=False)
+    kernel = HummingKernel()
     kernel.fit(layer, torch.float16)
     binaries = relative_binaries(_torn_cache)
     assert binaries
