@@ -71,7 +71,9 @@ class Loader:
             context=context_of(settings, self.target),
             scheme=schemes.draft,
             lm_head=schemes.draft_lm_head,
+            target_lm_head=schemes.lm_head,
             dense=schemes.dense,
+            draft_ids=None,
             load=lambda folder: self._load(
                 folder, schemes, schemes.draft, schemes.draft_lm_head or schemes.dense
             ),

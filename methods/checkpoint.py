@@ -112,11 +112,16 @@ def load_transformer(
 
 
 def load_lm_head(
-    folder: Path, scheme: Scheme, *, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    scheme: Scheme,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: Tensor | None = None,
 ) -> QuantLinear:
-    """Read a folder's output projection alone, in a scheme of its own."""
+    """Read a folder's output projection alone, in a scheme of its own. rows: None = all."""
     packer = open_packer(folder, scheme, dtype=dtype, device=device)
-    return packer.linear("lm_head", _output_module(read_shape(read_config(folder))))
+    return packer.linear("lm_head", _output_module(read_shape(read_config(folder))), rows=rows)
 
 
 def open_packer(
