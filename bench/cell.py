@@ -22,7 +22,7 @@ from bench.answers import keep, read_answers, whole_prompts
 from bench.build import PACKAGES
 from bench.child import ArmJob, Child, run_child
 from bench.config import Config, parse
-from bench.context import note_graphs, run_name, write_context
+from bench.context import context, note_graphs, run_name, write_context
 from bench.load import Loader, context_of
 from bench.lossless import divergence
 from bench.record import RECORDS, Generation, append_line
@@ -88,7 +88,9 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
     for job, config in zip(jobs, configs, strict=True):
         child.announce(job, "building")
         with child.charged([job], building=True):
-            write_context(Path(job.folder), loader.device, child.job.argv, loader.kernels)
+            listed = config.draft_vocab.facts(config.model.family.target)
+            now = context(loader.device, child.job.argv, loader.kernels, draft_vocab=listed)
+            write_context(Path(job.folder), now)
             method = loader.method(config)
             whole = whole_prompts(Path(job.folder, RECORDS), prompts)
             arms.append(Arm(job=job, config=config, method=method, whole=whole))

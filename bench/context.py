@@ -31,11 +31,16 @@ NVIDIA = ("driver_version", "clocks.sm", "clocks.mem", "power.limit", "temperatu
 
 
 def context(
-    device: torch.device, argv: Sequence[str], kernels: Mapping[str, str]
+    device: torch.device,
+    argv: Sequence[str],
+    kernels: Mapping[str, str],
+    *,
+    draft_vocab: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Describe this process and its machine.
 
     argv: of the command that asked for the work. kernels: of the target's layers, by shape.
+    draft_vocab: which tokens a draft head may propose, where not all.
     """
     return {
         "schema": SCHEMA,
@@ -49,6 +54,7 @@ def context(
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "kernels": dict(kernels),
+        **({} if draft_vocab is None else {"draft_vocab": dict(draft_vocab)}),
         **checkout(ROOT),
         "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],
     }
@@ -59,15 +65,12 @@ def run_name() -> str:
     return f"{datetime.now(UTC).isoformat(timespec='seconds')}/{os.getpid()}"
 
 
-def write_context(
-    folder: Path, device: torch.device, argv: Sequence[str], kernels: Mapping[str, str]
-) -> None:
-    """Write a cell's context.json, and note there that its records are gone on with.
+def write_context(folder: Path, now: dict[str, Any]) -> None:
+    """Write a cell's `context`, and note there that its records are gone on with.
 
     Records of another machine, or of other kernels, are no part of the cell: they are dropped.
     """
     path, records = folder / CONTEXT, folder / RECORDS
-    now = context(device, argv, kernels)
     if path.exists() and records.exists():
         before = read_json(path)
         if same_machine(before, now):

@@ -39,7 +39,8 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
     for job, config in zip(jobs, configs, strict=True):
         child.announce(job, "building")
         with child.charged([job], building=True):
-            told = context(loader.device, child.job.argv, loader.kernels)
+            listed = config.draft_vocab.facts(config.model.family.target)
+            told = context(loader.device, child.job.argv, loader.kernels, draft_vocab=listed)
             write_json(Path(job.folder) / CONTEXT, told)
             own = None if isinstance(config.recipe, Vanilla) else loader.method(config)
             arms.append((job, own))

@@ -73,7 +73,7 @@ class Loader:
             lm_head=schemes.draft_lm_head,
             target_lm_head=schemes.lm_head,
             dense=schemes.dense,
-            draft_ids=None,
+            draft_ids=config.draft_ids,
             load=lambda folder: self._load(
                 folder, schemes, schemes.draft, schemes.draft_lm_head or schemes.dense
             ),

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from bench.build import PACKAGES
 from bench.child import ArmJob, Child, run_child
 from bench.config import parse
-from bench.context import write_context
+from bench.context import context, write_context
 from bench.likelihood import Reader, score
 from bench.load import Loader
 from bench.record import RECORDS, Quality, Status, append_line, read_lines, write_lines
@@ -34,7 +34,8 @@ def _score(child: Child, job: ArmJob, packages: tuple[str, ...]) -> None:
         if evaluation.kl and (plain := loader.dense(config.reference)) is not loader.target:
             dense = Reader(plain, window=evaluation.window)
         tokens = encode(loader.tokenizer, config.text)[: evaluation.limit]
-        write_context(Path(job.folder), loader.device, child.job.argv, loader.kernels)
+        now = context(loader.device, child.job.argv, loader.kernels, draft_vocab=None)
+        write_context(Path(job.folder), now)
         done = _keep(Path(job.folder, RECORDS))
     left = [w for w in windows(len(tokens), evaluation) if w.number not in done]
     child.announce(job, "scoring")

@@ -15,7 +15,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_machine_and_versions_are_there() -> None:
-    found = context(CPU, ["specquant run", "quant=w4a16"], {"8x16": "reference"})
+    found = context(CPU, ["specquant run", "quant=w4a16"], {"8x16": "reference"}, draft_vocab=None)
     assert found["schema"] == 1
     assert found["argv"] == ["specquant run", "quant=w4a16"]
     assert found["device"]["type"] == "cpu"
@@ -26,7 +26,7 @@ def test_machine_and_versions_are_there() -> None:
 
 
 def test_no_path_of_this_machine_is_in_it() -> None:
-    found = context(CPU, [], {})
+    found = context(CPU, [], {}, draft_vocab=None)
     assert str(Path.home()) not in str(found)
     assert str(Path(__file__).parents[2]) not in str(found)
 
@@ -57,7 +57,7 @@ def test_a_folder_inside_another_checkout_has_no_commit(tmp_path: Path) -> None:
 
 
 def test_another_device_or_version_is_another_machine() -> None:
-    here = context(CPU, [], {})
+    here = context(CPU, [], {}, draft_vocab=None)
     later = here | {"started": "2030-01-01T00:00:00+00:00", "argv": ["x"], "commit": "1"}
     assert same_machine(here, later)
     assert not same_machine(here, here | {"device": {"type": "cuda", "name": "NVIDIA H200"}})
