@@ -20,10 +20,12 @@ from methods.tree import Tree
 from methods.tree_recipe import TreeRecipe
 from methods.vanilla import Vanilla
 from quant.dense import Dense
+from quant.formats.native import native_config
 from quant.scheme import Scheme
+from quant.stored import AsStored
 from quant.w4a16 import W4A16
 from quant.w8a8 import W8A8
-from tests.family import VOCAB
+from tests.family import VOCAB, write_checkpoint
 from tests.made_up import write_random_family
 from tests.methods.eagle_oracle import Oracle
 from tests.methods.parts import decode, make_parts
@@ -134,6 +136,30 @@ def test_listed_rows_of_a_scheme_are_rows_of_the_whole(family: Family, name: str
     whole = load_lm_head(family.target, scheme, **where)
     listed = load_lm_head(family.target, scheme, rows=LISTED, **where)
     assert torch.equal(listed.dequantize(), whole.dequantize()[LISTED])
+
+
+def write_stored(folder: Path, out: Path) -> Path:
+    """A folder whose lm_head is quantised, all its other layers dense."""
+    tensors = load_file(folder / "model.safetensors")
+    packed = W4.pack(tensors.pop("lm_head.weight"))
+    tensors |= {f"lm_head.{name}": tensor for name, tensor in packed.items()}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        module = name.removesuffix(".weight")
+        tensors |= {f"{module}.{k}": t for k, t in W4.pack(tensors.pop(name)).items()}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = native_config(scheme=W4, lm_head=W4, rounding="nearest")
+    return write_checkpoint(out, config, tensors)
+
+
+def test_of_a_stored_lm_head_rows_are_taken_as_they_are(family: Family, tmp_path: Path) -> None:
+    folder = write_stored(family.target, tmp_path / "stored")
+    where = {"dtype": torch.float64, "device": torch.device("cpu")}
+    whole = load_lm_head(folder, AsStored(), **where)
+    listed = load_lm_head(folder, AsStored(), rows=LISTED, **where)
+    assert torch.equal(listed.dequantize(), whole.dequantize()[LISTED])
+    assert listed.weight_bytes * VOCAB == whole.weight_bytes * len(LISTED)
+    with pytest.raises(ValueError, match="lm_head is stored in w4a16-g32, so a copy's scheme must"):
+        load_lm_head(folder, W8A8(smooth_alpha=None), rows=LISTED, **where)
 
 
 def test_a_list_reads_as_few_bytes_as_it_is_long(family: Family) -> None:
