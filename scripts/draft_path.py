@@ -7,7 +7,7 @@ Words with `=` are overrides of every cell. A target is loaded once, and its var
 or timed, in one process. Records go to <folder>/records; the same command goes on from there.
 
     tau.csv    tokens per step of every variant, and how far from the plain drafter's, paired
-    steps.csv  tokens and steps of every prompt, which tau.csv is made of
+    steps.csv  tokens/steps of every prompt, before the cut at the limit: what tau is made of
     time.csv   one proposal: its milliseconds and bytes; beside it the target's T_1 and T_v
 """
 
@@ -65,7 +65,6 @@ TAU = (
     *(*WORDS, "prompts", "tokens", "steps", "tau", "tau_low", "tau_high"),
     *("change", "change_low", "change_high", "in_list", "same_tokens", "verdict"),
 )
-STEPS = (*WORDS, "prompt_id", "tokens", "steps")
 TIME = (
     *(*WORDS, "nodes", "forwards", "context", "median_ms", "min_ms", "max_ms", "repeats"),
     *("weight_bytes", "t1_ms", "tv_ms", "device"),
@@ -139,6 +138,7 @@ def write_tau(out: Path) -> None:
     cells = [c for c in campaign.runs if c.done and c.cell.method != VANILLA]
     listed = read_ranking(ROOT / LIST).ids
     table, steps = [], []
+    prompts: list[str] = []
     for cell in cells:
         row, own = rows[cell.name], words(cell)
         plain = next(c for c in cells if c.comparable(cell) and c.cell.draft_scheme == "dense")
@@ -155,10 +155,14 @@ def write_tau(out: Path) -> None:
                 *(_short(row.agreement), row.lossless),
             )
         )
-        sums = metrics.step_sums(cell.generations).items()
-        steps += [(*own, prompt, int(emitted), int(taken)) for prompt, (emitted, taken) in sums]
+        sums = metrics.step_sums(cell.generations)
+        prompts = sorted({*prompts, *sums})
+        steps.append(
+            (own, {p: f"{emitted:.0f}/{taken:.0f}" for p, (emitted, taken) in sums.items()})
+        )
+    wide = [(*own, *(sums.get(prompt, "") for prompt in prompts)) for own, sums in steps]
     _write(out / "tau.csv", TAU, sorted(table, key=_place))
-    _write(out / "steps.csv", STEPS, sorted(steps, key=_place))
+    _write(out / "steps.csv", (*WORDS, *prompts), sorted(wide, key=_place))
 
 
 def write_time(out: Path) -> None:
@@ -192,7 +196,7 @@ def words(cell: CellResult) -> tuple[object, ...]:
 def _place(row: tuple[object, ...]) -> tuple[object, ...]:
     """Order by target, then by how much is left of the vocabulary, then by scheme."""
     size = row[len(WORDS) - 1]
-    return (*row[:3], 0 if size == ALL else 1 / int(str(size)), *map(str, row[3:5]), str(row[6]))
+    return (*row[:3], 0 if size == ALL else 1 / int(str(size)), *map(str, row[3:5]))
 
 
 def _short(number: float | None) -> str:
