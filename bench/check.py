@@ -6,13 +6,11 @@ from pathlib import Path
 
 from bench import sandbox, text
 from bench.config import RANDOM, Config, Costing
+from bench.draft_vocab import check_unseen, vocabulary
 from bench.task import Prompt, Task, encode
 from methods.checkpoint import check_transformer, stored_in
-from methods.random_weights import TRANSFORMER, Draw, is_random
-from methods.values import read_json
+from methods.random_weights import is_random
 from methods.weights import Weights, read_config
-
-TOKENIZER = "tokenizer.json"
 
 
 def check_target(folder: Path, context: int | None) -> int:
@@ -98,7 +96,7 @@ def check_quality(config: Config, positions: int) -> None:
     if config.reference == target:
         return
     sizes = [read_config(folder).get("vocab_size") for folder in (config.reference, target)]
-    if sizes[0] != sizes[1] or _vocabulary(config.reference) not in (None, _vocabulary(target)):
+    if sizes[0] != sizes[1] or vocabulary(config.reference) not in (None, vocabulary(target)):
         raise ValueError(f"{config.reference}: the vocabulary must be that of {target}")
 
 
@@ -135,11 +133,13 @@ def check_sandbox(config: Config) -> None:
         sandbox.check()
 
 
-def check_folders(folders: Sequence[Path]) -> None:
-    """Check that draft heads and smaller models are there and whole."""
+def check_files(config: Config, folders: Sequence[Path]) -> None:
+    """Check that draft heads, smaller models and a list of tokens are there and whole."""
     for folder in folders:
         read_config(folder)
         Weights(folder)
+    if folders and (ranking := config.draft_vocab.read()) is not None:
+        check_unseen(ranking, config.source)
 
 
 def check_calibration(config: Config, *, drafts: bool) -> bool:
@@ -157,18 +157,32 @@ def check_calibration(config: Config, *, drafts: bool) -> bool:
     return bool(asking)
 
 
+def check_method(config: Config, folders: Sequence[Path]) -> None:
+    """Check a method's settings and sizes, and the tokens that it may draft, or raise ValueError.
+
+    folders: of the method; where there are none nothing drafts.
+    """
+    ids, own = config.draft_ids if folders else None, config.schemes
+    config.recipe.check(config.model.family, draft_ids=ids)
+    if ids is not None and own.draft_lm_head is None and own.lm_head.needs_absmax:
+        raise ValueError(
+            "method.draft_lm_head must be given where draft_vocab is and quant.lm_head is "
+            f"{own.lm_head.label}, which cannot be had for some tokens alone"
+        )
+
+
 def check_fit(config: Config, folders: Sequence[Path]) -> None:
     """Check that a method fits the model, token for token, or raise ValueError."""
     family = config.model.family
-    config.recipe.check(family)
+    check_method(config, folders)
     asking = [s for s in (config.schemes.draft, config.schemes.draft_lm_head) if s]
-    if any(s.needs_absmax for s in asking) and any(_vocabulary(f) is None for f in folders):
+    if any(s.needs_absmax for s in asking) and any(vocabulary(f) is None for f in folders):
         raise ValueError("draft heads cannot be calibrated: draft schemes must not need it")
     schemes = config.schemes
     for folder in folders:
-        if _vocabulary(folder) is not None:  # a smaller model, not a head
+        if vocabulary(folder) is not None:  # a smaller model, not a head
             stored_in(folder, schemes.draft, schemes.draft_lm_head or schemes.dense)
-        if _vocabulary(folder) not in (None, _vocabulary(family.target)):
+        if vocabulary(folder) not in (None, vocabulary(family.target)):
             raise ValueError(f"{folder}: the vocabulary must be that of {family.target}")
 
 
@@ -208,7 +222,7 @@ def beyond_heads(folders: Sequence[Path], longest: int) -> list[str]:
         config = read_config(folder)
         layer = config.get("transformer_layer_config") or config
         limit = layer.get("max_position_embeddings")
-        if _vocabulary(folder) is None and isinstance(limit, int) and limit < longest:
+        if vocabulary(folder) is None and isinstance(limit, int) and limit < longest:
             notes.append(
                 f"{folder}: the head's max_position_embeddings is {limit}, the task reaches "
                 f"{longest} tokens; heads draft on beyond it, but were not trained there"
@@ -221,27 +235,20 @@ def other_special_ids(folders: Sequence[Path], target: Path) -> list[str]:
     own = read_config(target)
     return [
         f"{folder}: {key} is {config.get(key)}, the target's {own.get(key)}"
-        for folder, config in ((f, read_config(f)) for f in folders if _vocabulary(f) is not None)
+        for folder, config in ((f, read_config(f)) for f in folders if vocabulary(f) is not None)
         for key in ("bos_token_id", "eos_token_id")
         if config.get(key) != own.get(key)
     ]
 
 
-def _vocabulary(folder: Path) -> tuple[object, object] | None:
-    """Tokens and their ids; None for a draft head, which has no tokenizer of its own."""
-    path = folder / TOKENIZER
-    if is_random(folder) and Draw.read(folder).holds == TRANSFORMER:
-        return "numbers", check_transformer(folder).vocab_size
-    if not path.is_file():
-        return None
-    try:
-        values = read_json(path)
-        added = [(token["id"], token["content"]) for token in values.get("added_tokens", [])]
-        return values["model"]["vocab"], added
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} must be a tokenizer: {error!r}") from error
-
-
 def references(config: Config) -> list[Path]:
     """The dense model that a target is held against, where it is."""
     return [config.reference] if config.quality is not None and config.quality.kl else []
+
+
+def files_read(config: Config, *, drafts: bool) -> list[Path]:
+    """What a cell reads besides checkpoints and its task."""
+    text, listed = config.model.calibration, config.draft_vocab.file
+    calibrated = check_calibration(config, drafts=drafts)
+    files = (text if calibrated else None, listed if drafts else None)
+    return [file for file in files if file is not None]

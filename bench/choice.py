@@ -27,6 +27,8 @@ PLACES = (
     "task.data_dir",
     "quality.reference",
 )
+# A file that is a choice between files, by its name.
+DRAFT_VOCAB = "method.draft_vocab"
 SCORE = "score."  # how a task's answers are judged
 MAX_NAME = 200  # bytes of a folder's name; file systems take 255
 
@@ -92,7 +94,7 @@ def choose(names: Mapping[str, str], overrides: Sequence[str]) -> Choice:
     return Choice(
         names={group: name for group, name in names.items() if group in (*GROUPS, ACCEPT)},
         overrides={
-            key: value
+            key: Path(value).name if key == DRAFT_VOCAB else value
             for key, _, value in split
             if key not in (*GROUPS, ACCEPT, *IRRELEVANT, "experiment")
             and not key.startswith(PLACES)

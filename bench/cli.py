@@ -12,6 +12,7 @@ DOORS = {
     "cost": "measure what verifying n tokens costs, and what drafting does",
     "quality": "measure what a scheme costs in quality: perplexity, divergence from dense",
     "quantize": "round a model's layers on calibration text, into a checkpoint folder",
+    "vocab": "count a text's tokens, and list the most frequent as a draft vocabulary",
     "kernels": "time every kernel of a scheme on this GPU, and keep which is fastest",
     "report": "turn a campaign's records into tables, figures and one page",
 }

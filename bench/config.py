@@ -11,12 +11,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
 from bench import hub
 from bench.build import PACKAGES, ROOT, as_mapping, build, named_node, typed, without
+from bench.draft_vocab import DraftVocab, parse_draft_vocab
 from bench.machine import check_machine
 from bench.record import COST, QUALITY, RUN
-from bench.schemes import DENSE, DRAFT_LM_HEAD, DRAFT_SCHEME, LM_HEAD, Schemes, parse_schemes
+from bench.schemes import DENSE, DRAFT_LM_HEAD, DRAFTING, LM_HEAD, NAMED, Schemes, parse_schemes
 from bench.score import Scoring
 from bench.source import Source
 from bench.task import Task
@@ -144,6 +146,7 @@ class Config:
     settings: Settings
     model: Model
     schemes: Schemes
+    draft_vocab: DraftVocab
     recipe: Recipe
     accept: Acceptance
     source: Task | Text
@@ -172,6 +175,11 @@ class Config:
     def replays(self) -> bool:
         """Whether acceptance is drawn from a profile, so that tokens mean nothing."""
         return isinstance(self.accept, AcceptanceProfile)
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """Tokens that a draft head may propose; None = all. ValueError where it cannot be so."""
+        return self.draft_vocab.ids(self.model.family.target)
 
     @property
     def acceptance_floor(self) -> float:
@@ -205,7 +213,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     """Give a composed configuration with the content of every scheme that it names."""
     tree = plain_tree(config)
     tree.pop("experiment", None)
-    for node, key in (("quant", LM_HEAD), ("method", DRAFT_SCHEME), ("method", DRAFT_LM_HEAD)):
+    for node, key in NAMED:
         values = tree[node] = as_mapping(tree.get(node), node)
         name = values.get(key)
         if name is not None or key != DRAFT_LM_HEAD:
@@ -225,13 +233,14 @@ def parse(tree: Mapping[str, Any], *, packages: tuple[str, ...] = PACKAGES) -> C
     """Build everything from a resolved tree, or raise ValueError with the key's full name."""
     groups = ("model", "quant", "method", "task", "accept", "score", COST, QUALITY)
     settings = {key: value for key, value in tree.items() if key not in groups}
-    method = without(tree["method"], DRAFT_SCHEME, DRAFT_LM_HEAD)
+    method = without(tree["method"], *DRAFTING)
     model = parse_model(tree["model"])
     schemes = parse_schemes(tree["quant"], tree["method"])
     return Config(
         settings=typed(settings, Settings, key=""),
         model=model,
         schemes=schemes.unsearched if model.weights == RANDOM else schemes,
+        draft_vocab=parse_draft_vocab(tree["method"]),
         recipe=_recipe(method, packages),
         accept=build(tree["accept"], Acceptance, key="accept"),  # type: ignore[type-abstract]
         source=_source(tree["task"], door_of(tree)),

@@ -36,13 +36,14 @@ def context(
     kernels: Mapping[str, str],
     *,
     exact: bool,
+    draft_vocab: Mapping[str, Any] | None = None,
     copy_tb_per_s: float | None = None,
 ) -> dict[str, Any]:
     """Describe this process and its machine.
 
     argv: of the command that asked for the work. kernels: of the target's layers, by shape; exact:
-    whether they had to be. copy_tb_per_s: what the device's own copy reads and writes, measured in
-    this process.
+    whether they had to be. draft_vocab: which tokens a draft head may propose, where not all.
+    copy_tb_per_s: what the device's own copy reads and writes, measured in this process.
     """
     return {
         "schema": SCHEMA,
@@ -58,6 +59,7 @@ def context(
         "kernels": dict(kernels),
         "exact": exact,
         "copy_tb_per_s": copy_tb_per_s,
+        **({} if draft_vocab is None else {"draft_vocab": dict(draft_vocab)}),
         **checkout(ROOT),
         "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],
     }
@@ -69,7 +71,7 @@ def run_name() -> str:
 
 
 def write_context(folder: Path, now: dict[str, Any]) -> None:
-    """Write a cell's context.json, and note there that its records are gone on with.
+    """Write a cell's `context`, and note there that its records are gone on with.
 
     Records of another machine, or of other kernels, are no part of the cell: they are dropped.
     """

@@ -9,8 +9,10 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from tempfile import TemporaryDirectory
 from typing import Protocol, TypeVar
 
 import hydra
@@ -97,6 +99,16 @@ def collect(name: str, make: Callable[[], C], *, finish: Callable[[C], int]) -> 
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from here\n")
         return INTERRUPTED
+
+
+@contextmanager
+def sweeping_elsewhere() -> Iterator[None]:
+    """Let Hydra, which writes every sweep down, do so in a folder that is gone afterwards."""
+    with TemporaryDirectory() as scratch:
+        words = enumerate(sys.argv)
+        place = next((i for i, word in words if i and word[0] != "-"), len(sys.argv))
+        sys.argv.insert(place, f"hydra.sweep.dir='{scratch}'")
+        yield
 
 
 def execute(plan: Plan, *, module: str, show: Show | None = None) -> int:

@@ -22,6 +22,7 @@ IRRELEVANT = ("campaign", "results_dir", "baseline", "tie_threshold_nats", "acce
 # Where things lie: what lies there is hashed by its content, in so far as a cell reads it.
 PLACES = {
     "model": ("target", "heads", "small", "calibration"),
+    "method": ("draft_vocab",),
     "task": ("path", "data_dir", "hub", "hub_config", "hub_split"),
     "quality": ("reference",),
 }

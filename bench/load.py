@@ -1,7 +1,7 @@
 """What the arms of a block share, each loaded once: tokenizer, target, smaller models."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,13 +76,16 @@ class Loader:
             found[f"{layer.in_features}x{layer.out_features}"].add(layer.kernel)
         return {shape: "+".join(sorted(names)) for shape, names in sorted(found.items())}
 
-    def context(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Describe this process and its machine. argv: of the command that asked for the work."""
+    def context(
+        self, argv: Sequence[str], *, draft_vocab: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Describe this process and its machine. Arguments as `bench.context.context`."""
         return context(
             self.device,
             argv,
             self.kernels,
             exact=self._exact,
+            draft_vocab=draft_vocab,
             copy_tb_per_s=self.copy_tb_per_s,
         )
 
@@ -100,7 +103,9 @@ class Loader:
             context=context_of(settings, self.target),
             scheme=schemes.draft,
             lm_head=schemes.draft_lm_head,
+            target_lm_head=schemes.lm_head,
             dense=schemes.dense,
+            draft_ids=config.draft_ids,
             load=lambda folder: self._load(
                 folder, schemes, schemes.draft, schemes.draft_lm_head or schemes.dense
             ),

@@ -78,13 +78,16 @@ def needed(config: Config, folders: Sequence[Path], positions: int) -> Need:
     dtype: torch.dtype = getattr(torch, config.settings.dtype)
     weights = _model_bytes(family.target, schemes.target, schemes.lm_head, dtype)
     per_token = _cache_bytes(family.target, dtype)
+    ids = config.draft_ids if folders else None
     for folder in folders:
         own = schemes.draft_lm_head or schemes.dense
         if family.small is not None and folder == family.small.target:
             weights += _model_bytes(folder, schemes.draft, own, dtype)
             per_token += _cache_bytes(folder, dtype)
         else:
-            weights += _head_bytes(folder, schemes.draft, own, dtype)
+            weights += _head_bytes(
+                folder, schemes.draft, own, dtype, most=None if ids is None else len(ids)
+            )
             per_token += _head_token_bytes(folder, dtype)
     return Need(
         weights=weights,
@@ -199,14 +202,21 @@ def _model_bytes(folder: Path, scheme: Scheme, lm_head: Scheme, dtype: torch.dty
     return total
 
 
-def _head_bytes(folder: Path, scheme: Scheme, lm_head: Scheme, dtype: torch.dtype) -> int:
-    """A draft head; its embedding, which is a copy of the target's in most, is left out."""
+def _head_bytes(
+    folder: Path, scheme: Scheme, lm_head: Scheme, dtype: torch.dtype, *, most: int | None
+) -> int:
+    """A draft head; its embedding, which is a copy of the target's in most, is left out.
+
+    most: rows of its lm_head; None = all.
+    """
     weights = Weights(folder)
     total = 0
     for name in weights.keys() - {HEAD_EMBEDDING}:
         size = weights.spec(name).shape
         if len(size) == 2:
-            total += packed_bytes(lm_head if name == LM_HEAD else scheme, *size, dtype)
+            n, k = size
+            own, n = (lm_head, min(n, most or n)) if name == LM_HEAD else (scheme, n)
+            total += packed_bytes(own, n, k, dtype)
     return total
 
 

@@ -24,13 +24,14 @@ from bench.identity import IRRELEVANT, WeightHashes, code_hash, config_hash, dig
 from bench.kernel_check import check_kernels, check_layers
 from bench.record import COST, QUALITY, VANILLA, Cell
 from bench.replayed import check_levels
-from bench.schemes import DRAFT_LM_HEAD, DRAFT_SCHEME
+from bench.schemes import DRAFT_SCHEME, DRAFTING
 from bench.task import Prompt, Task, load
 from methods.checkpoint import Stored, stored_in
 from methods.replay import MEASURED
 from quant.scheme import Scheme
 
 HASHES = ".hashes.json"  # of results_dir
+DRAFTING_CHOICES = tuple(f"method.{key}" for key in DRAFTING)
 
 T = TypeVar("T")
 
@@ -40,8 +41,8 @@ class Planned:
     """A checked cell, before anything was hashed.
 
     tree: its resolved configuration, with models named as the user does. data: digest of its
-    prompts or its text. folders, calibrated: checkpoints and whether text is read. positions: of
-    the model. asked: by the user, not only as a baseline.
+    prompts or its text. folders, files: checkpoints, and what else is read: a list of tokens,
+    calibration text. positions: of the model. asked: by the user, not only as a baseline.
     """
 
     choice: Choice
@@ -50,7 +51,7 @@ class Planned:
     data: str
     positions: int
     folders: list[Path]
-    calibrated: bool
+    files: list[Path]
     problem: str
     asked: bool
     stored: Stored
@@ -138,7 +139,7 @@ class Planner:
             folders = config.recipe.folders(family)
         except ValueError as error:
             problem = str(error)
-        check.check_folders(folders)
+        check.check_files(config, folders)
         if not problem:
             try:
                 check.check_fit(config, folders)
@@ -147,8 +148,8 @@ class Planner:
             except ValueError as error:
                 problem = str(error)
         if not folders and not problem:  # nothing drafts, so nothing is drafted in a scheme
-            choice = choice.less(f"method.{DRAFT_SCHEME}", f"method.{DRAFT_LM_HEAD}")
-            tree = {**tree, "method": without(tree["method"], DRAFT_SCHEME, DRAFT_LM_HEAD)}
+            choice = choice.less(*DRAFTING_CHOICES)
+            tree = {**tree, "method": without(tree["method"], *DRAFTING)}
         return Planned(
             choice=choice,
             tree=tree,
@@ -156,7 +157,7 @@ class Planner:
             data=data,
             positions=positions,
             folders=[family.target, *folders, *check.references(config)],
-            calibrated=check.check_calibration(config, drafts=bool(folders)),
+            files=check.files_read(config, drafts=bool(folders)),
             problem=problem,
             asked=asked,
             stored=stored,
@@ -203,7 +204,7 @@ class Planner:
 
     def _arm(self, planned: Planned, hashes: WeightHashes) -> Arm:
         config, choice = planned.config, planned.choice
-        settings, text = config.settings, config.model.calibration
+        settings = config.settings
         modules = sorted(target_modules(planned.tree))
         cell = Cell(
             door=door_of(planned.tree),
@@ -212,7 +213,7 @@ class Planner:
             scheme=planned.stored.label,
             lm_head=planned.stored.lm_head,
             draft_scheme=self._draft_label(planned),
-            method=choice.less(f"method.{DRAFT_SCHEME}", f"method.{DRAFT_LM_HEAD}").label("method"),
+            method=choice.less(*DRAFTING_CHOICES).label("method"),
             task=choice.label("task"),
             acceptance=config.accept.label if planned.drafts else MEASURED,
             block=choice.block,
@@ -223,9 +224,7 @@ class Planner:
             tie_threshold_nats=settings.tie_threshold(planned.stored.scheme),
             config_hash=config_hash(planned.tree, planned.data),
             code_hash=self._once(f"code {modules}", lambda: code_hash([self._module, *modules])),
-            weight_hashes=hashes.of(
-                planned.folders, [text] if text is not None and planned.calibrated else []
-            ),
+            weight_hashes=hashes.of(planned.folders, planned.files),
             revisions=self._revisions(planned),
             folder=choice.folder,
             target_hash=hashes.one(config.model.family.target),
@@ -244,14 +243,15 @@ class Planner:
         return sorted(pin for pin in pins if hub.place(pin) in planned.folders)
 
     def _draft_label(self, planned: Planned) -> str:
-        """The drafter's scheme, and that of its own lm_head where there is one."""
+        """The drafter's scheme, that of its own lm_head and what cuts that, where they are."""
         if not planned.drafts:
             return ""
         schemes, small = planned.config.schemes, planned.config.model.family.small
         draft, lm_head = schemes.draft.label, schemes.draft_lm_head
         if schemes.draft.as_stored and small is not None and small.target in planned.folders:
             draft = self._stored(small.target, schemes.draft, lm_head or schemes.dense).label
-        return draft if lm_head is None else f"{draft}+lm_head:{lm_head.label}"
+        head = "" if lm_head is None else f"+lm_head:{lm_head.label}"
+        return draft + head + planned.config.draft_vocab.label
 
     def _check_data(self, cell: Planned) -> None:
         """Check the prompts or the text by the tokenizer; costs take what there is of a text."""

@@ -118,10 +118,12 @@ def _files(config: Config) -> Iterator[Finding]:
 
     def method() -> str:
         folders.extend(config.recipe.folders(family))
-        check.check_folders(folders)
-        config.recipe.check(family)
+        check.check_files(config, folders)
+        check.check_method(config, folders)
         names = ", ".join(folder.name for folder in folders) or "nothing besides the target"
-        return f"names, shapes, vocabulary, feature layers and rotation of {names}"
+        facts = config.draft_vocab.facts(family.target) if folders else None
+        listed = "" if facts is None else f", {facts['size']} of {facts['of']} tokens to draft"
+        return f"names, shapes, vocabulary, feature layers and rotation of {names}{listed}"
 
     yield (found := _tried("method", method))
     if found.state == FAILED:

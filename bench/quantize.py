@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from omegaconf import DictConfig
 from bench import check, hub
 from bench.build import build, named_node, target_modules, typed, without
 from bench.config import parse_model, plain_tree
-from bench.door import OK, collect
+from bench.door import OK, collect, sweeping_elsewhere
 from bench.identity import WeightHashes, code_hash, digest
 from bench.likelihood import Reader, score
 from bench.load import load_tokenizer
@@ -123,11 +122,7 @@ class Jobs:
 
 def main() -> int:
     """Quantise as the command line asks; give the exit code."""
-    # Hydra writes every sweep down, and the current folder is no place for that.
-    with TemporaryDirectory() as scratch:
-        words = enumerate(sys.argv)
-        place = next((i for i, word in words if i and word[0] != "-"), len(sys.argv))
-        sys.argv.insert(place, f"hydra.sweep.dir='{scratch}'")
+    with sweeping_elsewhere():
         return collect("quantize", Jobs, finish=_work)
 
 

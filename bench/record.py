@@ -171,12 +171,12 @@ class Status(Record):
 def write_json(path: Path, record: Record | dict[str, Any]) -> None:
     """Write a whole JSON file atomically: readers see the old file or the new one."""
     values = asdict(record) if isinstance(record, Record) else record
-    _replace(path, json.dumps(values, indent=1, sort_keys=True) + "\n")
+    write_text(path, json.dumps(values, indent=1, sort_keys=True) + "\n")
 
 
 def write_lines(path: Path, records: Iterable[Record]) -> None:
     """Write a whole JSONL file atomically."""
-    _replace(path, "".join(_line(r) for r in records))
+    write_text(path, "".join(_line(r) for r in records))
 
 
 def append_line(path: Path, record: Record) -> None:
@@ -212,7 +212,8 @@ def _line(record: Record) -> str:
     return json.dumps(asdict(record), separators=(",", ":")) + "\n"
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file atomically."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     with scratch.open("w", encoding="utf-8") as file:
         file.write(text)

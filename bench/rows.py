@@ -5,10 +5,12 @@ None stands where nothing was or could be measured; bounds are those of an inter
 
 from dataclasses import dataclass
 
+DENSE = "dense"
+
 
 def is_dense(scheme: str) -> bool:
     """Tell whether a scheme's label names unquantised weights."""
-    return scheme.startswith("dense")
+    return scheme.startswith(DENSE)
 
 
 def is_synthetic(*, weights: str, acceptance: str) -> bool:
@@ -26,9 +28,8 @@ def target_label(scheme: str, lm_head: str, folder: str, *, exact: bool = False)
 
 
 def arm_label(method: str, draft_scheme: str) -> str:
-    """Name a method, and its drafter's scheme where that is quantised."""
-    quantised = draft_scheme and not is_dense(draft_scheme)
-    return method + (f", drafter {draft_scheme}" if quantised else "")
+    """Name a method, and its drafter's scheme where that is more than dense."""
+    return method + (f", drafter {draft_scheme}" if draft_scheme not in ("", DENSE) else "")
 
 
 @dataclass(frozen=True, kw_only=True)

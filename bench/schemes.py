@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.build import build, named_node, without
+from bench.draft_vocab import DRAFT_VOCAB, DRAFT_VOCAB_SIZE
 from quant.scheme import Scheme
 
 # Keys that name a scheme: in the configuration a file of conf/quant, here its content.
 DENSE, LM_HEAD, DRAFT_SCHEME, DRAFT_LM_HEAD = "dense", "lm_head", "draft_scheme", "draft_lm_head"
+NAMED = (("quant", LM_HEAD), ("method", DRAFT_SCHEME), ("method", DRAFT_LM_HEAD))  # their nodes
+# Keys of `method` that are of what drafts, whatever the method.
+DRAFTING = (DRAFT_SCHEME, DRAFT_LM_HEAD, DRAFT_VOCAB, DRAFT_VOCAB_SIZE)
 
 
 @dataclass(frozen=True, kw_only=True)

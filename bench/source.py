@@ -66,11 +66,17 @@ class Source:
     hub_config: str | None
     hub_split: str | None
 
+    @property
+    def file(self) -> Path | None:
+        """The local file; None where rows come from the hub."""
+        if self.path is None:
+            return None
+        base = ROOT if self.data_dir is None else Path(self.data_dir).expanduser()
+        return base / Path(self.path).expanduser()
+
     def rows(self) -> list[Row]:
         """Read all rows; ValueError where there is no file, or no data set."""
-        if self.path is not None:
-            base = ROOT if self.data_dir is None else Path(self.data_dir).expanduser()
-            path = base / Path(self.path).expanduser()
+        if (path := self.file) is not None:
             if not path.is_file():
                 other = (
                     f"task.path=null reads {self.hub} from the hub" if self.hub else "no hub copy"

@@ -126,11 +126,26 @@ def load_transformer(
 
 
 def load_lm_head(
-    folder: Path, scheme: Scheme, *, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    scheme: Scheme,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: Tensor | None = None,
 ) -> QuantLinear:
-    """Read a folder's output projection alone, in a scheme of its own."""
+    """Read a folder's output projection alone, in a scheme of its own. rows: None = all.
+
+    Raises ValueError where it is stored quantised and another scheme is asked for.
+    """
     packer = open_packer(folder, scheme, dtype=dtype, device=device)
-    return packer.linear("lm_head", _output_module(read_shape(read_config(folder))))
+    module = _output_module(read_shape(read_config(folder)))
+    stored = None if packer.quantization is None else packer.quantization.layout(module)
+    if stored is not None and not scheme.as_stored:
+        raise ValueError(
+            f"{folder}: lm_head is stored in {stored.scheme.label}, so a copy's scheme must be "
+            f"`checkpoint`, got {scheme.label}"
+        )
+    return packer.linear("lm_head", module, rows=rows)
 
 
 def open_packer(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from methods.checkpoint import load_lm_head
 from methods.grow import Head
-from methods.head import EAGLE, FLOATS, HeadFiles, open_head
+from methods.head import EAGLE, FLOATS, HeadFiles, kept_rows, open_head
 from methods.head_shapes import EAGLE2_PREFIX as PREFIX
 from methods.head_shapes import EMBEDDING, FC_BIAS, LM_HEAD, eagle2_shapes
 from methods.packer import Packer
@@ -53,11 +53,12 @@ class Eagle2Head(Head):
         fc_bias: Tensor | None,
         block: Block,
         lm_head: QuantLinear,
+        kept: Tensor | None,
         entering: Tensor | None,
         leaving: Tensor | None,
     ) -> None:
         """entering, leaving: [D, D] that features, and the head's outputs, are multiplied by."""
-        super().__init__(shape, taps=taps, embedding=embedding)
+        super().__init__(shape, taps=taps, embedding=embedding, kept=kept)
         self.fc = fc
         self.register_buffer("fc_bias", fc_bias)
         self.block = block
@@ -84,13 +85,9 @@ class Eagle2Head(Head):
         return out if self.leaving is None else out @ self.leaving
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """By the target's lm_head, or a copy in the drafter's own scheme."""
+        """By the target's lm_head, or a copy of it, or of some rows, in the drafter's scheme."""
         out: Tensor = self.lm_head(hidden)
         return out
-
-    def to_target(self, ids: Tensor) -> Tensor:
-        """The vocabulary is the target's."""
-        return ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +98,7 @@ class Eagle2(TreeRecipe):
         """The head."""
         return [family.head(NAME)]
 
-    def head_vocab(self, family: Family, target: Shape) -> int:
+    def head_ids(self, family: Family, target: Shape) -> Tensor:
         """Sizes, vocabulary and rotation must be the target's."""
         files = open_head(family.head(NAME), EAGLE, target)
         shape = files.shape
@@ -121,7 +118,7 @@ class Eagle2(TreeRecipe):
         files.require(expected, optional={k: Spec(dtypes=FLOATS, shape=v) for k, v in own.items()})
         if ROTATED in files.weights:
             _require_rotated(files, family.target, rotation)
-        return shape.vocab_size
+        return torch.arange(shape.vocab_size)
 
     def head(self, parts: Parts) -> Head:
         """Read the head; its layer and fc go into the drafter's scheme."""
@@ -140,6 +137,7 @@ class Eagle2(TreeRecipe):
             tensors["fc.weight"] = _absorbed(tensors["fc.weight"], folded, shared=embedding is None)
         packer = Packer(tensors, parts.scheme, dtype=target.dtype, device=target.device)
         embedding = packer.tensor(EMBEDDING) if own else embedding
+        rows = kept_rows(torch.arange(shape.vocab_size), parts.draft_ids)
         return Eagle2Head(
             shape,
             taps=(target.shape.num_layers,),
@@ -152,7 +150,8 @@ class Eagle2(TreeRecipe):
                 mlp_norm=packer.norm(f"{PREFIX}post_attention_layernorm.weight", shape.norm_eps),
                 mlp=packer.mlp("mlp", PREFIX),
             ),
-            lm_head=_lm_head(parts, packer, own=own),
+            lm_head=_lm_head(parts, packer, own=own, rows=rows),
+            kept=None if rows is None else rows.to(target.device),
             entering=packer.tensor(ROTATED).T.contiguous() if own else None,
             leaving=None if folded is None else folded.into_feature.to(target.dtype),
         ).eval()
@@ -166,14 +165,22 @@ def _absorbed(fc: Tensor, rotation: Rotation, *, shared: bool) -> Tensor:
     return torch.cat([embedded, rotation.absorb(hidden, rotation.norm)], dim=1)
 
 
-def _lm_head(parts: Parts, packer: Packer, *, own: bool) -> QuantLinear:
-    """The target's output projection, a copy of it in the drafter's scheme, or the head's own."""
+def _lm_head(parts: Parts, packer: Packer, *, own: bool, rows: Tensor | None) -> QuantLinear:
+    """The target's output projection, a copy of it in the drafter's scheme, or the head's own.
+
+    rows: those that are wanted; None = all. Without a scheme of the drafter's they stay in the
+    target's.
+    """
     if own:
-        return packer.of(parts.lm_head or parts.dense).linear("lm_head", "lm_head")
-    if parts.lm_head is None:
+        return packer.of(parts.lm_head or parts.dense).linear("lm_head", "lm_head", rows=rows)
+    if parts.lm_head is None and rows is None:
         return parts.target.lm_head
     return load_lm_head(
-        parts.family.target, parts.lm_head, dtype=packer.dtype, device=packer.device
+        parts.family.target,
+        parts.lm_head or parts.target_lm_head,
+        dtype=packer.dtype,
+        device=packer.device,
+        rows=rows,
     )
 
 

@@ -3,7 +3,7 @@
 Li et al. 2025 (arXiv 2503.01840). The residual inputs of a low, a middle and a high layer are
 fused once into the head's hidden stream; inside a tree the head's own output is fed back. Its
 layer reads [norm(embedding); norm(hidden)] and adds to the hidden stream; its own norm and lm_head
-score a reduced vocabulary, whose id i is the target's id i + d2t[i].
+score a reduced vocabulary, whose id i is the target's id i + d2t[i]; a list of tokens cuts it more.
 
 Its width may differ from the target's; then it has an embedding of its own. Over a rotated target
 (`methods.rotation`) fc absorbs the rotation for each stream, and the attention's embedding half
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from methods.architecture import FUSED, QKV
 from methods.grow import Head
-from methods.head import EAGLE3, FLOATS, HeadFiles, open_head
+from methods.head import EAGLE3, FLOATS, HeadFiles, kept_rows, open_head
 from methods.head_shapes import EAGLE3_EMBEDDING_NORM as EMBEDDING_NORM
 from methods.head_shapes import EAGLE3_PREFIX as PREFIX
 from methods.head_shapes import EMBEDDING, KEPT, OFFSETS, eagle3_shapes
@@ -42,8 +42,6 @@ INTEGERS = (torch.int64, torch.int32)
 class Eagle3Head(Head):
     """The head over one target."""
 
-    offsets: Tensor
-
     def __init__(
         self,
         shape: Shape,
@@ -58,12 +56,12 @@ class Eagle3Head(Head):
         mlp: MLP,
         norm: RMSNorm,
         lm_head: QuantLinear,
-        offsets: Tensor,
+        kept: Tensor,
         norm_before_residual: bool,
         norm_output: bool,
     ) -> None:
         """norm_before_residual, norm_output: variants of speculators, by its names."""
-        super().__init__(shape, taps=taps, embedding=embedding)
+        super().__init__(shape, taps=taps, embedding=embedding, kept=kept)
         self.fc = fc
         self.embedding_norm = embedding_norm
         self.hidden_norm = hidden_norm
@@ -72,7 +70,6 @@ class Eagle3Head(Head):
         self.mlp = mlp
         self.norm = norm
         self.lm_head = lm_head
-        self.register_buffer("offsets", offsets)
         self.norm_before_residual = norm_before_residual
         self.norm_output = norm_output
 
@@ -100,10 +97,6 @@ class Eagle3Head(Head):
         out: Tensor = self.lm_head(hidden if self.norm_output else self.norm(hidden))
         return out
 
-    def to_target(self, ids: Tensor) -> Tensor:
-        """Add each id's offset."""
-        return ids + self.offsets[ids]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Eagle3(TreeRecipe):
@@ -113,7 +106,7 @@ class Eagle3(TreeRecipe):
         """The head."""
         return [family.head(NAME)]
 
-    def head_vocab(self, family: Family, target: Shape) -> int:
+    def head_ids(self, family: Family, target: Shape) -> Tensor:
         """The target's width and vocabulary must be what the head was trained on."""
         files = open_head(family.head(NAME), EAGLE3, target)
         shape, draft_vocab = files.shape, files.size("draft_vocab_size")
@@ -132,9 +125,8 @@ class Eagle3(TreeRecipe):
         optional[OFFSETS] = Spec(dtypes=INTEGERS, shape=(draft_vocab,))
         optional[KEPT] = Spec(dtypes=(torch.bool,), shape=(shape.vocab_size,))
         files.require(expected, optional=optional)
-        _target_ids(files, draft_vocab)
         read_rotation(family.target)
-        return draft_vocab
+        return _target_ids(files, draft_vocab)
 
     def head(self, parts: Parts) -> Head:
         """Read the head; its layer and fc go into the drafter's scheme."""
@@ -149,7 +141,8 @@ class Eagle3(TreeRecipe):
         if rotation is not None:
             tensors |= _absorbed(tensors, rotation, shared=embedding is None)
         packer = Packer(tensors, parts.scheme, dtype=target.dtype, device=target.device)
-        offsets = _target_ids(files, draft_vocab) - torch.arange(draft_vocab)
+        ids = _target_ids(files, draft_vocab)
+        rows = kept_rows(ids, parts.draft_ids)
         return Eagle3Head(
             shape,
             taps=_taps(files, target.shape),
@@ -161,8 +154,8 @@ class Eagle3(TreeRecipe):
             mlp_norm=packer.norm(f"{PREFIX}post_attention_layernorm.weight", shape.norm_eps),
             mlp=packer.mlp("mlp", PREFIX),
             norm=packer.norm("norm.weight", shape.norm_eps),
-            lm_head=packer.of(parts.lm_head or parts.dense).linear("lm_head", "lm_head"),
-            offsets=offsets.to(target.device),
+            lm_head=packer.of(parts.lm_head or parts.dense).linear("lm_head", "lm_head", rows=rows),
+            kept=(ids if rows is None else ids[rows]).to(target.device),
             norm_before_residual=files.flag("norm_before_residual"),
             norm_output=files.flag("norm_output"),
         ).eval()

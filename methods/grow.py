@@ -8,6 +8,10 @@ together.
 An EAGLE head reads pairs: the target's feature of token p with the embedding of token p + 1, at
 position p. Its output stands for the feature of token p + 1, and so drafts token p + 2.
 
+A head may score fewer tokens than the target knows: EAGLE-3's was trained so, and FR-Spec (Zhao et
+al. 2025, arXiv 2502.14856) keeps only frequent rows of any head's lm_head. Only those are drafted;
+what stands is decided over the whole vocabulary all the same.
+
 Letters: m pairs, K top_k, D hidden, F width of the target's features, V draft vocabulary.
 """
 
@@ -32,13 +36,20 @@ class Head(nn.Module, ABC):
     """An autoregressive head over a target's features."""
 
     embedding: Tensor
+    kept: Tensor | None
 
-    def __init__(self, shape: Shape, *, taps: tuple[int, ...], embedding: Tensor) -> None:
-        """taps: streams of the target that it reads. embedding: [V, D], the target's or its own."""
+    def __init__(
+        self, shape: Shape, *, taps: tuple[int, ...], embedding: Tensor, kept: Tensor | None
+    ) -> None:
+        """taps: streams of the target that it reads. embedding: of every token, its own or not.
+
+        kept: [V] int64, the target's id of each draft id; None where they are the same.
+        """
         super().__init__()
         self.shape = shape
         self.taps = taps
         self.register_buffer("embedding", embedding)
+        self.register_buffer("kept", kept)
 
     @abstractmethod
     def enter(self, features: Tensor) -> Tensor:
@@ -57,9 +68,9 @@ class Head(nn.Module, ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """Score the next token. [m, D] -> [m, V]."""
 
-    @abstractmethod
     def to_target(self, ids: Tensor) -> Tensor:
         """Translate draft vocabulary to the target's."""
+        return ids if self.kept is None else self.kept[ids]
 
     def forward(
         self,

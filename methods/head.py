@@ -149,6 +149,14 @@ def open_head(
     return HeadFiles(folder=folder, config=config, shape=shape, weights=weights)
 
 
+def kept_rows(own: Tensor, draft_ids: Tensor | None) -> Tensor | None:
+    """Tell which rows of an lm_head score tokens of a list, in their own order; None = all.
+
+    own: [V], the target's id of each row. draft_ids: [k], of the target; None = no list.
+    """
+    return None if draft_ids is None else torch.isin(own, draft_ids).nonzero().flatten()
+
+
 def _from_speculators(config: Mapping[str, Any], kind: str, folder: Path) -> dict[str, Any]:
     """Bring speculators' keys into the form of EAGLE's config.json."""
     found = config["speculators_model_type"]

@@ -13,6 +13,8 @@ next step. Both cases thus have the right embeddings and positions by constructi
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from methods.checkpoint import check_transformer
 from methods.decode import Drafter, Mark, Method, State, unmarked
 from methods.recipe import Family, Parts, Recipe
@@ -78,7 +80,7 @@ class Hierarchical(Recipe):
         small = family.smaller()
         return [small.target, *self.inner.folders(small)]
 
-    def check(self, family: Family) -> None:
+    def check(self, family: Family, *, draft_ids: Tensor | None = None) -> None:
         """The smaller model must speak the target's vocabulary and reach its positions."""
         small = family.smaller()
         own, drafts = check_transformer(family.target), check_transformer(small.target)
@@ -92,7 +94,12 @@ class Hierarchical(Recipe):
                 f"{small.target}: max_position_embeddings must reach the target's "
                 f"{own.max_positions}, got {drafts.max_positions}"
             )
-        self.inner.check(small)
+        if draft_ids is not None and not self.inner.folders(small):
+            raise ValueError(
+                "draft_vocab must be null where no draft head drafts, got a list of "
+                f"{len(draft_ids)} tokens for a smaller model that decodes plainly"
+            )
+        self.inner.check(small, draft_ids=draft_ids)
 
     def drafter(self, parts: Parts) -> Drafter:
         """Load the smaller model and make its method, with room to run ahead."""

@@ -12,7 +12,7 @@ from methods.norm import HeadNorm, RMSNorm
 from methods.transformer import MLP, Attention, Block, Shape
 from methods.values import naming
 from quant.formats import Layout, Quantization
-from quant.scheme import QuantLinear, Scheme, is_finite, stack
+from quant.scheme import QuantLinear, Scheme, is_finite, pick, stack
 from quant.stacked import StackedLinear
 
 ROWS = 4096  # of a weight packed at once
@@ -74,12 +74,17 @@ class Packer:
         """A norm by the name of its weight."""
         return RMSNorm(self.tensor(name), eps)
 
-    def linear(self, label: str, *modules: str, biased: bool = False) -> QuantLinear:
+    def linear(
+        self, label: str, *modules: str, biased: bool = False, rows: Tensor | None = None
+    ) -> QuantLinear:
         """One layer from those of the file, stacked. label: its name in our model.
 
-        biased: whether the file's layers have biases, which the model adds itself.
+        biased: whether the file's layers have biases, which the model adds itself. rows: which
+        outputs to take of each; None = all.
         """
         stored = [self._stored(module, biased=biased) for module in modules]
+        if rows is not None:
+            stored = [(layout, pick(tensors, rows)) for layout, tensors in stored]
         try:
             layer = self._made(stored, label)
         except ValueError as error:

@@ -92,9 +92,9 @@ class RandomShard(Shard):
         """Draw one tensor."""
         spec = self._specs[name]
         (dtype,) = spec.dtypes
-        if name == OFFSETS:  # a draft vocabulary of tokens at even distances
-            own = torch.arange(*spec.shape)
-            return own * self._shape.vocab_size // len(own) - own
+        if name == OFFSETS:
+            (count,) = spec.shape
+            return even_ids(count, self._shape.vocab_size) - torch.arange(count)
         made = torch.empty(spec.shape, dtype=dtype, device=self._device)
         if made.ndim == 1 and not name.endswith(".bias"):
             return made.fill_(1)
@@ -110,6 +110,11 @@ class RandomShard(Shard):
             return EMBEDDING_SCALE
         gain = OUTPUT_GAIN if name in (EMBEDDING, LM_HEAD) else 1.0
         return gain / math.sqrt(shape[-1])
+
+
+def even_ids(count: int, vocab: int) -> Tensor:
+    """Choose a draft vocabulary where no token means anything: at even distances. [count] int64."""
+    return torch.arange(count) * vocab // count
 
 
 def is_random(folder: Path) -> bool:

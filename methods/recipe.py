@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from methods.decode import Drafter, Method
 from methods.transformer import Transformer
 from methods.verify import Rule
@@ -44,7 +46,8 @@ class Parts:
     """What a drafter is made from.
 
     scheme: of the drafter's own layers. lm_head: of the drafter's own output projection; None
-    lets an EAGLE-2 head share the target's, and leaves any other in `dense`.
+    lets an EAGLE-2 head share the target's, and leaves any other in `dense`. target_lm_head: of
+    the target's. draft_ids: [k] int64, the tokens that a draft head may propose; None = all.
     load: reads a smaller model's folder in the drafter's schemes, once however often it is asked.
     """
 
@@ -54,7 +57,9 @@ class Parts:
     context: int
     scheme: Scheme
     lm_head: Scheme | None
+    target_lm_head: Scheme
     dense: Scheme
+    draft_ids: Tensor | None
     load: Callable[[Path], Transformer]
 
     def with_scheme(self, scheme: Scheme) -> "Parts":
@@ -67,6 +72,7 @@ class Parts:
         return replace(
             self,
             target=self.load(family.target),
+            target_lm_head=self.lm_head or self.dense,
             family=family,
             rule=self.rule.smaller(),
             context=self.context + ahead,
@@ -81,8 +87,11 @@ class Recipe(ABC):
         """Every folder besides the target's that the method reads; ValueError where one lacks."""
 
     @abstractmethod
-    def check(self, family: Family) -> None:
-        """Check that the method fits the family before any weight is read, or raise ValueError."""
+    def check(self, family: Family, *, draft_ids: Tensor | None = None) -> None:
+        """Check that the method fits the family before any weight is read, or raise ValueError.
+
+        draft_ids: as of `Parts`, within the target's vocabulary.
+        """
 
     @abstractmethod
     def drafter(self, parts: Parts) -> Drafter:

@@ -3,9 +3,12 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from methods.checkpoint import check_transformer
 from methods.decode import Drafter
 from methods.grow import Head, TreeDrafter
+from methods.head import kept_rows
 from methods.recipe import Family, Parts, Recipe
 from methods.transformer import Shape
 
@@ -37,19 +40,22 @@ class TreeRecipe(Recipe, ABC):
             )
 
     @abstractmethod
-    def head_vocab(self, family: Family, target: Shape) -> int:
-        """Check the head's folder against its target; give the size of its vocabulary."""
+    def head_ids(self, family: Family, target: Shape) -> Tensor:
+        """Check the head's folder against its target; give the target's id of each of its, [V]."""
 
     @abstractmethod
     def head(self, parts: Parts) -> Head:
         """Read the head."""
 
-    def check(self, family: Family) -> None:
-        """The head must fit the target, and top_k its vocabulary."""
-        vocab = self.head_vocab(family, check_transformer(family.target))
+    def check(self, family: Family, *, draft_ids: Tensor | None = None) -> None:
+        """The head must fit the target, and top_k its vocabulary, or what a list leaves of it."""
+        own = self.head_ids(family, check_transformer(family.target))
+        rows = kept_rows(own, draft_ids)
+        vocab = len(own) if rows is None else len(rows)
         if self.top_k > vocab:
+            cut = "" if rows is None else ", cut by draft_vocab,"
             raise ValueError(
-                f"top_k must be within the head's vocabulary of {vocab}, got {self.top_k}"
+                f"top_k must be within the head's vocabulary{cut} of {vocab}, got {self.top_k}"
             )
 
     def drafter(self, parts: Parts) -> Drafter:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from methods.decode import Drafter, Mark, State, unmarked
 from methods.recipe import Family, Parts, Recipe
 from methods.tree import Tree
@@ -42,7 +44,7 @@ class Vanilla(Recipe):
         """The target alone."""
         return []
 
-    def check(self, family: Family) -> None:
+    def check(self, family: Family, *, draft_ids: Tensor | None = None) -> None:
         """Fits every family."""
 
     def drafter(self, parts: Parts) -> Drafter:

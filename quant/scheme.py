@@ -154,6 +154,11 @@ def rows(stored: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tenso
     return {k: t if k in Scheme.per_input else t[start:stop] for k, t in stored.items()}
 
 
+def pick(stored: Mapping[str, Tensor], outputs: Tensor) -> dict[str, Tensor]:
+    """Copy some outputs of stored tensors, in a given order. outputs: [k] int64."""
+    return {k: t if k in Scheme.per_input else t[outputs.to(t.device)] for k, t in stored.items()}
+
+
 def stack(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
     """Join layers of one scheme and the same inputs, outputs under outputs.
 

@@ -1,4 +1,7 @@
-"""Make the lab family: `corpus` here, `train` on a GPU, `assemble` and `evaluation` here."""
+"""Make the lab family: `corpus` here, `train` on a GPU, `assemble` and `evaluation` here.
+
+`training` writes what a finished family was trained on, for `specquant vocab`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 
 import torch
 from lab.corpus import BEGIN, END, token_id, write_corpus
-from lab.evaluation import write_evaluation
+from lab.evaluation import write_evaluation, write_training
 from lab.family import assemble
 from lab.fit import Plan
 from lab.llama import Shape
@@ -82,6 +85,8 @@ def main() -> None:
         write_corpus(arguments.out, library=arguments.library, vocab=arguments.vocab)
     elif arguments.command == "evaluation":
         write_evaluation(arguments.out, library=arguments.library)
+    elif arguments.command == "training":
+        write_training(arguments.family, arguments.out, library=arguments.library)
     elif arguments.command == "assemble":
         tokenizer = Tokenizer.from_file(str(arguments.corpus / "tokenizer.json"))
         recipe = full_recipe(dict.fromkeys(STAGES, 0.0))
@@ -131,9 +136,11 @@ def _parser() -> argparse.ArgumentParser:
     place.add_argument("--corpus", type=Path, required=True)
     place.add_argument("--run", type=Path, required=True)
     text = commands.add_parser("evaluation", help="write a family's text for its perplexity")
-    for command in (corpus, text):
+    source = commands.add_parser("training", help="write the text that a family was trained on")
+    source.add_argument("--family", type=Path, default=Path("models/lab"))
+    for command in (corpus, text, source):
         command.add_argument("--library", type=Path, help="read this folder instead")
-    for command in (corpus, train, place, text):
+    for command in (corpus, train, place, text, source):
         command.add_argument("--out", type=Path, required=True)
     return parser
 

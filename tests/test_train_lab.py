@@ -13,7 +13,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 from lab.attention import Keys, attend_plainly, flash_unrolled  # noqa: E402
 from lab.corpus import HELD_OUT, Document, read_corpus, read_documents, write_corpus  # noqa: E402
-from lab.evaluation import evaluation_texts, write_evaluation  # noqa: E402
+from lab.evaluation import evaluation_texts, write_evaluation, write_training  # noqa: E402
 from lab.family import assemble  # noqa: E402
 from lab.fit import Plan, Rows  # noqa: E402
 from lab.heads import Eagle2Head, Eagle3Head, Head, head_shape, unroll  # noqa: E402
@@ -287,3 +287,12 @@ def test_evaluation_text_of_another_library_is_refused(corpus: Path, tmp_path: P
     with pytest.raises(ValueError, match=r"the library must be that of .*corpus\.json, of Python"):
         write_evaluation(tmp_path, library=other)
     assert not (tmp_path / "perplexity.jsonl").exists()
+
+
+def test_training_text_is_what_nobody_holds_out(corpus: Path, tmp_path: Path) -> None:
+    library = corpus.parent / "library"
+    write_training(corpus, tmp_path / "training.jsonl", library=library)
+    lines = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    kept = {d.name: d.text for d in read_documents(library) if not d.module}
+    assert {line["name"]: line["text"] for line in lines} == kept
+    assert 0 < len(kept) < len(read_documents(library))

@@ -1,4 +1,4 @@
-"""The running text that perplexities of the lab family are measured on."""
+"""Texts beside the lab family: for its perplexity, and for counting tokens."""
 
 from __future__ import annotations
 
@@ -31,6 +31,20 @@ def write_evaluation(family: Path, *, library: Path | None) -> None:
 
     Raises ValueError where the library is not the one that the family was trained on.
     """
+    documents = _documents_of(family, library)
+    tokenizer = Tokenizer.from_file(str(family / "target" / "tokenizer.json"))
+    write_prompts(family / NAME, evaluation_texts(documents, tokenizer))
+
+
+def write_training(family: Path, out: Path, *, library: Path | None) -> None:
+    """Write the files that a family was trained on as lines with `text`; errors as above."""
+    kept = [document for document in _documents_of(family, library) if not document.module]
+    lines = [json.dumps({"name": document.name, "text": document.text}) for document in kept]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _documents_of(family: Path, library: Path | None) -> list[Document]:
     documents = read_documents(library or Path(sysconfig.get_path("stdlib")))
     facts = json.loads((family / "corpus.json").read_text())
     if (found := digest(documents)) != facts["sha256"]:
@@ -38,8 +52,7 @@ def write_evaluation(family: Path, *, library: Path | None) -> None:
             f"the library must be that of {family / 'corpus.json'}, of Python {facts['python']} "
             f"with sha256 {facts['sha256']}, got {found} of Python {platform.python_version()}"
         )
-    tokenizer = Tokenizer.from_file(str(family / "target" / "tokenizer.json"))
-    write_prompts(family / NAME, evaluation_texts(documents, tokenizer))
+    return documents
 
 
 def evaluation_texts(documents: Sequence[Document], tokenizer: Tokenizer) -> list[Prompt]:

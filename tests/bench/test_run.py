@@ -397,7 +397,7 @@ def test_ctrl_c_ends_the_child(tmp_path: Path, door: Door, monkeypatch: pytest.M
 def test_the_command_lists_its_doors() -> None:
     line = [sys.executable, "-m", "bench.cli"]
     told = subprocess.run([*line, "--help"], capture_output=True, text=True, check=True)
-    doors = ("check", "run", "cost", "quality", "quantize", "kernels", "report")
+    doors = ("check", "run", "cost", "quality", "quantize", "vocab", "kernels", "report")
     assert all(f"specquant {name}" in told.stdout for name in doors)
     refused = subprocess.run([*line, "ran"], capture_output=True, text=True, check=False)
     assert refused.stderr == f"error: a door must be one of {', '.join(doors)}, got 'ran'\n"

@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from methods.calibrate import load_calibrated
 from methods.decode import generate
@@ -33,6 +34,8 @@ def make_parts(
     *,
     scheme: Scheme | None = None,
     draft_scheme: Scheme | None = None,
+    lm_head: Scheme | None = None,
+    draft_ids: Tensor | None = None,
     rule: Rule | None = None,
     context: int = 200,
     target: Transformer | None = None,
@@ -49,8 +52,10 @@ def make_parts(
         rule=rule or Greedy(),
         context=context,
         scheme=draft,
-        lm_head=None,
+        lm_head=lm_head,
+        target_lm_head=Dense(),
         dense=Dense(),
+        draft_ids=draft_ids,
         load=smaller,
     )
 

@@ -46,7 +46,7 @@ def test_elsewhere_than_on_a_gpu_a_function_simply_runs() -> None:
     assert calls == [(3,), (4,)]
 
 
-def parts_of(family: Family, dtype: torch.dtype) -> Parts:
+def parts_of(family: Family, dtype: torch.dtype, *, draft_ids: Tensor | None = None) -> Parts:
     @cache
     def load(folder: Path) -> Transformer:
         return load_calibrated(
@@ -66,7 +66,9 @@ def parts_of(family: Family, dtype: torch.dtype) -> Parts:
         context=200,
         scheme=Dense(),
         lm_head=None,
+        target_lm_head=Dense(),
         dense=Dense(),
+        draft_ids=draft_ids,
         load=load,
     )
 
@@ -91,6 +93,21 @@ def test_graphs_give_what_calls_give_and_miss_no_step(parts: Parts, name: str) -
     assert decode(method) == called
     assert GRAPHS.missed == missed
     assert decode(method) == called
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("name", ["eagle2", "eagle3", "hierarchical"])
+def test_graphs_of_a_cut_vocabulary_give_what_calls_give(family: Family, name: str) -> None:
+    listed = torch.arange(0, 90, 2)
+    parts = parts_of(family, torch.float32, draft_ids=listed)
+    called = decode(RECIPES[name].method(parts))
+    method = RECIPES[name].method(parts)
+    method.warm_up()
+    missed = GRAPHS.missed
+    assert decode(method) == called
+    assert GRAPHS.missed == missed
+    assert called.token_ids == decode(Vanilla().method(parts)).token_ids
 
 
 @pytest.mark.gpu
