@@ -18,7 +18,7 @@ SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # What may compute a layer (quant.kernels). The reference is the scheme's own layer, in torch.
 AUTO, REFERENCE = "auto", "reference"
-KERNELS = (AUTO, "humming", "triton", "torch", "marlin", REFERENCE)
+KERNELS = (AUTO, "humming", "triton", "cuda", "torch", "marlin", REFERENCE)
 
 
 class QuantLinear(nn.Module, ABC):

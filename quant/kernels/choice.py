@@ -3,13 +3,14 @@
 `auto` on a CPU is the reference. On a GPU it is what `specquant kernels` measured as the fastest on
 this machine; of a layer that nobody measured, the first in this order that takes it:
 
-    humming > triton > torch > reference
+    humming > triton > cuda > torch > reference
 
 That is the order of their times on an H200 for 1 to 64 tokens (Llama-3-70B's four layers, LOG.md):
 humming leads in every quantised format that it computes but w4a16 at 16 to 32 tokens, where our own
 Triton kernel is ahead by a sixth, behind by a fifth at 48 to 64, and never depends on how many
-tokens are read; tinygemm keeps up at one token and takes 15 times as long at 64. Dense layers
-are cuBLAS's.
+tokens are read; our CUDA kernel leads from 32 tokens on, but has not run inside a model yet, so it
+is taken only where it is named or was measured here; tinygemm keeps up at one token and takes 15
+times as long at 64. Dense layers are cuBLAS's.
 
 Where layers must be exact (`Kernel.inexact`), humming comes last, since it gives up splitting its
 sums for it, and the reference always multiplies as many rows.
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 
 import torch
 
+from quant.kernels.cuda_kernel import CudaKernel
 from quant.kernels.exact import fixed
 from quant.kernels.humming import HummingKernel
 from quant.kernels.kernel import Absent, Kernel
@@ -36,11 +38,12 @@ MARLIN = (
 AVAILABLE: Sequence[Kernel] = (
     HummingKernel(),
     TritonKernel(),
+    CudaKernel(),
     TorchKernel(),
     Absent("marlin", MARLIN),
 )
 # In the order that `auto` asks them for exact layers.
-EXACT_ORDER = ("triton", "torch", "humming", "marlin")
+EXACT_ORDER = ("triton", "cuda", "torch", "humming", "marlin")
 
 
 def fit(

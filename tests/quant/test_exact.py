@@ -228,7 +228,7 @@ def gpu_layer(label: str) -> QuantLinear:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
 @pytest.mark.parametrize("label", SCHEMES)
-@pytest.mark.parametrize("kernel", ["triton", "torch", "humming", "reference"])
+@pytest.mark.parametrize("kernel", ["triton", "cuda", "torch", "humming", "reference"])
 def test_on_a_gpu_rows_depend_neither_on_how_many_are_read_nor_on_their_place(
     kernel: str, label: str, dtype: torch.dtype
 ) -> None:

@@ -1,0 +1,298 @@
+"""Few tokens times 4-bit weights on Hopper, bit-equal however many are read: `x @ dequant(W).T`.
+
+    y[t, r] = sum over parts of K, in order, of the sum over their groups g, in order, of
+              s[g, r] * dot_g(c - z[g, r], x)
+
+in float32, where c - z is exact and the dot is one tensor-core sum. How K is parted depends on the
+shape and the device alone, never on the number of tokens n. The kernel is w4a16_hopper.cu.
+
+What it reads is cut into blocks of 256 outputs and chunks of 128 inputs; N and K are filled up to
+whole pairs of blocks and whole chunks with codes and scales that add nothing:
+
+    words  [N / 256, K / 128, 4, 2, 128, 4] int32   warpgroup, half of the chunk, thread, step
+    scales [N / 256, steps, 256 * spans]            as stored; a step holds `spans` groups
+    zeros  likewise, uint8
+
+A word holds what one thread multiplies in one 16-input step of wgmma: of rows g and g + 8 and
+inputs 2c, 2c + 1, 2c + 8, 2c + 9 (g = lane / 4, c = lane % 4), those of one input in the low half
+of the word and of the next in the high half (PTX ISA, wgmma, register fragments of A).
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.kernels import cuda_build
+from quant.pack import pack_nibbles, unpack_nibbles
+
+ROWS, CHUNK = 256, 128  # of a block, of a stage
+PAIR = 2 * ROWS  # outputs of a cluster of two
+CONSUMERS = 256  # threads that multiply
+THREADS = CONSUMERS + 128  # and a warpgroup, one thread of which copies
+NARROWEST, WIDEST = 8, 64  # tokens of a launch; more are several launches
+MIDDLE = 8  # code that stands for 0 where no zeros are stored
+SHARED_BYTES = 200 * 1024  # of the 227 KiB a block may have; the rest is for its neighbours
+STAGE_ALIGNMENT = 1024
+MOST_BLOCKS = 1 << 16  # of 256 outputs
+SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+SOURCES = tuple(Path(__file__).with_name(n) for n in ("hopper.cuh", "w4a16_hopper.cu"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A weight as the kernel reads it; the layouts are told above.
+
+    shape: N and K as stored. group: inputs under one scale.
+    """
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    shape: tuple[int, int]
+    group: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What a binary is compiled for."""
+
+    tokens: int
+    bf16: bool
+    scale: int  # of SCALE_TYPES
+    zeros: bool
+    spans: int
+
+    @property
+    def stage_bytes(self) -> int:
+        """Shared memory of one chunk."""
+        scales = ROWS * self.spans * (4 if self.scale == 2 else 2)
+        zeros = ROWS * self.spans if self.zeros else 0
+        whole = self.tokens * CHUNK * 2 + ROWS * CHUNK // 2 + scales + zeros
+        return -(-whole // STAGE_ALIGNMENT) * STAGE_ALIGNMENT
+
+    @property
+    def stages(self) -> int:
+        """Chunks in flight."""
+        return (SHARED_BYTES - STAGE_ALIGNMENT) // self.stage_bytes
+
+    @property
+    def source(self) -> str:
+        """The kernel's text, its settings in front."""
+        held, kind = self.tokens // 2, "bf16" if self.bf16 else "f16"
+        sums = ", ".join(f"%{i}" for i in range(held))
+        left = ", ".join(f"%{held + i}" for i in range(4))
+        line = (
+            f"wgmma.mma_async.sync.aligned.m64n{self.tokens}k16.f32.{kind}.{kind} "
+            f"{{{sums}}}, {{{left}}}, %{held + 4}, adds, 1, 1, 0;"
+        )
+        values = {
+            "TOKENS": self.tokens,
+            "STAGES": self.stages,
+            "BF16": int(self.bf16),
+            "SCALE": self.scale,
+            "ZEROS": int(self.zeros),
+            "SPANS": self.spans,
+            "WGMMA_LINE": f'"{line}"',
+            "WGMMA_ADDS": f'"%{held + 5}"',
+            "WGMMA_SUMS(sum)": ", ".join(f'"+f"(sum[{i}])' for i in range(held)),
+        }
+        settings = "".join(f"#define {name} {value}\n" for name, value in values.items())
+        return settings + "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+
+
+def prepare(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Prepared:
+    """Reorder a weight as `quant.weight_only` stores it.
+
+    packed: [N, K / 2] uint8. scales: [N, groups]. zeros: [N, groups] uint8, or None.
+    """
+    n, k = packed.shape[0], packed.shape[1] * 2
+    group = k // scales.shape[1]
+    needed, got = unfit(n, k, group)
+    if needed:
+        raise ValueError(f"a weight must have {needed}, got {got}")
+    codes = unpack_nibbles(packed)
+    codes = torch.nn.functional.pad(
+        codes, (0, -k % CHUNK, 0, -n % PAIR), value=MIDDLE
+    )  # with zeros stored, scales of 0 make them nothing
+    rows, columns = codes.shape
+    # [block, warpgroup, warp, high, g, chunk, half, step, input high, c, input low]
+    parts = codes.view(rows // ROWS, 4, 4, 2, 8, columns // CHUNK, 2, 4, 2, 4, 2)
+    # -> [block, chunk, warpgroup, half, warp, g, c, step, input low, input high, high]
+    parts = parts.permute(0, 5, 1, 6, 2, 4, 9, 7, 10, 8, 3).contiguous()
+    words = pack_nibbles(parts.view(-1, 8)).view(torch.int32)
+    shape = (rows // ROWS, columns // CHUNK, 4, 2, CHUNK, 4)
+    return Prepared(
+        words=words.view(shape),
+        scales=_steps(scales, group, k),
+        zeros=None if zeros is None else _steps(zeros, group, k),
+        shape=(n, k),
+        group=group,
+    )
+
+
+def restore(weight: Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Undo `prepare`: give packed, scales and zeros as they were, bit for bit."""
+    n, k = weight.shape
+    blocks, chunks = weight.words.shape[:2]
+    codes = unpack_nibbles(weight.words.view(torch.uint8))
+    parts = codes.view(blocks, chunks, 4, 2, 4, 8, 4, 4, 2, 2, 2)
+    parts = parts.permute(0, 2, 4, 10, 5, 1, 3, 7, 9, 6, 8)
+    codes = parts.reshape(blocks * ROWS, chunks * CHUNK)[:n, :k].contiguous()
+    groups = k // weight.group
+    zeros = None if weight.zeros is None else _groups(weight.zeros, n, groups)
+    return pack_nibbles(codes), _groups(weight.scales, n, groups), zeros
+
+
+def unfit(n: int, k: int, group: int) -> tuple[str, str]:
+    """Say what a shape must have and what it has; empty: it is taken."""
+    if n % 8 or k % 8:
+        return "N and K in multiples of 8", f"N={n}, K={k}"
+    if group == k or (group == CHUNK // 2 and k % group == 0) or group % CHUNK == 0:
+        return "", ""
+    return f"group_size {CHUNK // 2}, a multiple of {CHUNK} or -1", str(group)
+
+
+def reference(x: Tensor, weight: Prepared) -> Tensor:
+    """Give the exact product, from the prepared tensors. x: [n, K] -> [n, N] float64."""
+    packed, scales, zeros = restore(weight)
+    steps = unpack_nibbles(packed).view(*scales.shape, -1).double()
+    steps -= MIDDLE if zeros is None else zeros.double().unsqueeze(-1)
+    return x.double() @ (steps * scales.double().unsqueeze(-1)).flatten(1).t()
+
+
+def matmul(x: Tensor, weight: Prepared) -> Tensor:
+    """Multiply. x: [n, K] float16 or bfloat16, rows contiguous -> [n, N] of x's dtype."""
+    _require(x, weight)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    for start in range(0, x.shape[0], WIDEST):
+        _launch(x[start : start + WIDEST], weight, y[start : start + WIDEST])
+    return y
+
+
+def build(weight: Prepared, dtype: torch.dtype) -> None:
+    """Compile what `matmul` may need of a weight, for every number of tokens. dtype: of x."""
+    for tokens in range(NARROWEST, WIDEST + 1, NARROWEST):
+        _function(_variant(weight, dtype, tokens), weight.words.device)
+
+
+def _variant(weight: Prepared, dtype: torch.dtype, n: int) -> Variant:
+    return Variant(
+        tokens=-(-n // NARROWEST) * NARROWEST,
+        bf16=dtype == torch.bfloat16,
+        scale=SCALE_TYPES[weight.scales.dtype],
+        zeros=weight.zeros is not None,
+        spans=_spans(weight.group, weight.shape[1]),
+    )
+
+
+def _launch(x: Tensor, weight: Prepared, y: Tensor) -> None:
+    n, k = x.shape
+    variant = _variant(weight, x.dtype, n)
+    blocks, chunks = weight.words.shape[:2]
+    tiles = blocks // 2
+    pairs = min(_multiprocessors(x.device) // 2, tiles * chunks)
+    parts, counters = _workspace(x.device)
+    own_group = max(1, -(-min(weight.group, k) // CHUNK))
+    zeros = weight.scales if weight.zeros is None else weight.zeros
+    _function(variant, x.device).launch(
+        2 * pairs,
+        THREADS,
+        variant.stages * variant.stage_bytes + STAGE_ALIGNMENT,
+        [
+            _tensor_map(x, variant.tokens),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (weight.words, weight.scales, zeros)),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (parts, counters, y)),
+            *(ctypes.c_int(v) for v in (n, weight.shape[0], tiles, chunks, own_group)),
+        ],
+        overlapped=True,
+    )
+
+
+@cache
+def _function(variant: Variant, device: torch.device) -> cuda_build.Function:
+    shared = variant.stages * variant.stage_bytes + STAGE_ALIGNMENT
+    return cuda_build.function(variant.source, "product", shared_bytes=shared, device=device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where blocks leave parts of sums, and count those that did.
+
+    All products of a device share it, since a stream runs them one after the other; products on
+    two streams at once must not.
+    """
+    blocks = _multiprocessors(device)
+    parts = torch.empty(blocks, 2, WIDEST // 4, CONSUMERS, 4, device=device)
+    return parts, torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=device)
+
+
+def _tensor_map(x: Tensor, tokens: int) -> Any:  # noqa: ANN401  the driver's own type
+    """Describe x for copies of [tokens, 64]; what lies outside of it comes as 0."""
+    from cuda.bindings import driver
+
+    kinds = driver.CUtensorMapDataType
+    half, bfloat = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    u32, u64 = driver.cuuint32_t, driver.cuuint64_t
+    status, made = driver.cuTensorMapEncodeTiled(
+        bfloat if x.dtype == torch.bfloat16 else half,
+        2,
+        x.data_ptr(),
+        [u64(x.shape[1]), u64(x.shape[0])],
+        [u64(x.stride(0) * x.element_size())],
+        [u32(CHUNK // 2), u32(tokens)],
+        [u32(1), u32(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if int(status):
+        raise RuntimeError(f"no tensor map of x {list(x.shape)} {x.stride()}: {status!r}")
+    return made
+
+
+def _spans(group: int, k: int) -> int:
+    return 2 if group == CHUNK // 2 and group != k else 1
+
+
+def _steps(values: Tensor, group: int, k: int) -> Tensor:
+    """Cut scales or zeros into blocks and steps. [N, groups] -> [N / 256, steps, 256 * spans]."""
+    n, groups = values.shape
+    spans = _spans(group, k)
+    padded = torch.nn.functional.pad(values, (0, -groups % spans, 0, -n % PAIR))
+    blocks = padded.view(-1, ROWS, padded.shape[1] // spans, spans)
+    return blocks.permute(0, 2, 3, 1).reshape(len(blocks), -1, spans * ROWS).contiguous()
+
+
+def _groups(steps: Tensor, n: int, groups: int) -> Tensor:
+    """Undo `_steps`."""
+    blocks = steps.view(len(steps), -1, ROWS)  # [N / 256, groups, 256]
+    return blocks.permute(0, 2, 1).reshape(-1, blocks.shape[1])[:n, :groups].contiguous()
+
+
+def _require(x: Tensor, weight: Prepared) -> None:
+    k = weight.shape[1]
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"x must be float16 or bfloat16, got {x.dtype}")
+    if x.dim() != 2 or x.shape[1] != k or not len(x):
+        raise ValueError(f"x must be [n, {k}] with n of 1 or more, got {list(x.shape)}")
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        raise ValueError(
+            f"x must have rows that are contiguous and aligned to 16 bytes, "
+            f"got strides {x.stride()} at offset {x.storage_offset()}"
+        )
+    for tensor in (weight.words, weight.scales, weight.zeros):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"weight must be on x's device {x.device}, got {tensor.device}")
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"weight must be contiguous as prepared, got {tensor.stride()}")

@@ -1,0 +1,164 @@
+"""Our CUDA W4A16 kernel: its layout everywhere, its products on a Hopper GPU."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.kernels import w4a16_hopper as kernel
+from quant.pack import pack_nibbles, unpack_nibbles
+from tests.quant import oracle
+
+WIDTHS = (1, 2, 7, 8, 9, 16, 17, 31, 33, 48, 60, 64, 100, 128)
+# N, K and group: whole tiles, parts of tiles and chunks, and K split between pairs of blocks.
+SHAPES = (
+    (512, 128, 128),
+    (512, 4096, 128),
+    (640, 192, 64),
+    (264, 72, 72),
+    (1024, 512, 256),
+    (4096, 1024, 1024),
+)
+MOST_ERROR = {torch.float16: 1e-3, torch.bfloat16: 5e-3}
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a GPU of compute capability 9.0",
+)
+
+
+def stored(
+    n: int, k: int, group: int, *, zeros: bool, scale: torch.dtype = torch.float16, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Random codes with no pattern, scales around 0.015, zeros over their whole range."""
+    generator = torch.Generator().manual_seed(seed)
+    packed = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(n, k // group, generator=generator) * 0.01 + 0.01).to(scale)
+    offsets = torch.randint(0, 16, scales.shape, generator=generator, dtype=torch.uint8)
+    return packed, scales, offsets if zeros else None
+
+
+def on_gpu(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> kernel.Prepared:
+    return kernel.prepare(packed.cuda(), scales.cuda(), None if zeros is None else zeros.cuda())
+
+
+def inputs(n: int, k: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(1)).to(dtype).cuda()
+
+
+@pytest.mark.parametrize(("n", "k", "group"), SHAPES)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_prepared_weights_come_back_bit_for_bit(n: int, k: int, group: int, zeros: bool) -> None:
+    before = stored(n, k, group, zeros=zeros)
+    after = kernel.restore(kernel.prepare(*before))
+    for old, new in zip(before, after, strict=True):
+        assert (old is None and new is None) or torch.equal(old, new)
+
+
+def test_words_hold_the_fragments_of_the_tensor_cores() -> None:
+    codes = torch.randint(0, 16, (512, 256), generator=torch.Generator().manual_seed(0))
+    weight = kernel.prepare(pack_nibbles(codes.to(torch.int8)), torch.ones(512, 2).half(), None)
+    for row, column in ((0, 0), (15, 9), (300, 77), (511, 255), (131, 200)):
+        block, r = divmod(row, 256)
+        chunk, c = divmod(column, 128)
+        # PTX ISA, mma.m16n8k16, fragments of A: rows g and g + 8, inputs 2 c and 2 c + 8.
+        lane = r % 8 * 4 + c % 8 // 2
+        word = weight.words[block, chunk, r // 64, c // 64, r // 16 % 4 * 32 + lane, c // 16 % 4]
+        nibble = r // 8 % 2 + c // 8 % 2 * 2 + c % 2 * 4
+        assert (word.item() >> 4 * nibble) & 15 == codes[row, column]
+
+
+def test_what_fills_a_tile_adds_nothing() -> None:
+    packed, scales, zeros = stored(264, 72, 72, zeros=True)
+    weight = kernel.prepare(packed, scales, zeros)
+    assert weight.words.shape[:2] == (2, 1)
+    assert weight.scales.shape == (2, 1, 256)
+    assert weight.scales.flatten()[264:].abs().sum() == 0
+    filled = unpack_nibbles(weight.words.view(torch.uint8)).view(2, 1, 4, 2, 4, 8, 4, 4, 2, 2, 2)
+    rows = filled.permute(0, 2, 4, 10, 5, 1, 3, 7, 9, 6, 8).reshape(512, 128)
+    assert bool((rows[:264, 72:] == kernel.MIDDLE).all())
+
+
+def test_reference_is_the_product_in_float64() -> None:
+    packed, scales, zeros = stored(64, 512, 128, zeros=True)
+    assert zeros is not None
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
+    weight = (oracle.nibbles(packed) - oracle.spread(zeros, 512)) * oracle.spread(scales, 512)
+    found = kernel.reference(x, kernel.prepare(packed, scales, zeros))
+    assert oracle.worst(found, x.double().numpy() @ weight.T) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "group", "told"),
+    [
+        (12, 128, 128, "N and K in multiples of 8, got N=12, K=128"),
+        (64, 128, 32, "group_size 64, a multiple of 128 or -1, got 32"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_told(n: int, k: int, group: int, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        kernel.prepare(*stored(n, k, group, zeros=False))
+
+
+@pytest.mark.parametrize(
+    ("x", "told"),
+    [
+        (torch.zeros(1, 128), "x must be float16 or bfloat16"),
+        (torch.zeros(1, 64, dtype=torch.float16), "x must be \\[n, 128\\]"),
+        (torch.zeros(0, 128, dtype=torch.float16), "n of 1 or more"),
+        (torch.zeros(128, 2, dtype=torch.float16).t(), "rows that are contiguous"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_told(x: Tensor, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        kernel.matmul(x, kernel.prepare(*stored(512, 128, 128, zeros=False)))
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", MOST_ERROR)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("n", "k", "group"), SHAPES)
+def test_products_are_near_float64_and_rows_do_not_depend_on_their_number(
+    n: int, k: int, group: int, zeros: bool, dtype: torch.dtype
+) -> None:
+    weight = on_gpu(*stored(n, k, group, zeros=zeros))
+    x = inputs(max(WIDTHS), k, dtype)
+    exact = kernel.reference(x, weight)
+    whole = kernel.matmul(x, weight)
+    for width in WIDTHS:
+        torch.empty(width, n, dtype=dtype, device="cuda").fill_(float("nan"))  # where y may lie
+        found = kernel.matmul(x[:width], weight)
+        error = (found.double() - exact[:width]).norm() / exact[:width].norm()
+        assert float(error) < MOST_ERROR[dtype], (width, float(error))
+        assert torch.equal(found, whole[:width]), width
+
+
+@needs_hopper
+@pytest.mark.parametrize("scale", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_are_taken_in_the_dtype_that_is_stored(scale: torch.dtype) -> None:
+    weight = on_gpu(*stored(512, 512, 128, zeros=False, scale=scale))
+    x = inputs(9, 512, torch.float16)
+    exact = kernel.reference(x, weight)
+    assert float((kernel.matmul(x, weight).double() - exact).norm() / exact.norm()) < 1e-3
+
+
+@needs_hopper
+def test_a_row_does_not_depend_on_its_place() -> None:
+    weight = on_gpu(*stored(768, 1024, 128, zeros=True))
+    x = inputs(64, 1024, torch.float16)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(2)).cuda()
+    assert torch.equal(kernel.matmul(x[order], weight), kernel.matmul(x, weight)[order])
+
+
+@needs_hopper
+def test_a_replayed_graph_gives_the_bits_of_a_call() -> None:
+    weight = on_gpu(*stored(512, 8192, 128, zeros=False))
+    x = inputs(20, 8192, torch.float16)
+    expected = kernel.matmul(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = kernel.matmul(x, weight)
+        second = kernel.matmul(x, weight)
+    for _ in range(3):
+        first.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(first, expected)
+        assert torch.equal(second, expected)
