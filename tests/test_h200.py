@@ -27,7 +27,9 @@ def test_a_case_composes_and_builds(name: str, monkeypatch: pytest.MonkeyPatch) 
     door, *words = cases()[name]
     config = parse(resolve(composed(door, *words, "task=random", "device=cuda", "dtype=float16")))
     assert (config.cost is None) == (door == "run")
-    assert config.replays == (len(name.split(".")) > 2)
+    words = name.split(".")
+    assert config.settings.exact == ("exact" in words)
+    assert config.replays == (len(words) > 2 and "exact" not in words)
 
 
 def test_rounds_of_every_target_scheme_are_there() -> None:
@@ -38,6 +40,11 @@ def test_rounds_of_every_target_scheme_are_there() -> None:
     assert "method.min_draft=6" in cases()["70b.w4a16.chain"]
     assert {"method.depth=3", "method.nodes=24"} < set(cases()["70b.w4a16.eagle2_shallow"])
     assert "quant=fp8" in cases()["8b.fp8"]
+
+
+def test_exact_forwards_are_beside_those_as_they_come() -> None:
+    for name in ("8b.w4a16", "8b.w8a8", "70b.w4a16", "70b.w8a8"):
+        assert cases()[f"{name}.exact"] == [*cases()[name], "exact=true"]
 
 
 def answer(*, steps: int, draft_s: float, verify_s: float, host_s: float) -> Generation:

@@ -96,11 +96,11 @@ def test_a_named_kernel_that_cannot_be_exact_is_refused(
 ) -> None:
     monkeypatch.setattr(kernel_check, "lacking", lambda kernel, device: "")
     w4a16 = ["quant=w4a16", "quant.kernel=torch", "dtype=bfloat16"]
-    told = r"a layer of K=128, N=\d+: kernel=torch needs 8-bit or dense weights for exact=true"
+    told = r"quant: \S+ of K=128, N=\d+: kernel=torch needs 8-bit or dense weights for exact=true"
     with pytest.raises(ValueError, match=told):
-        kernel_check.check_kernels(cell(world, *w4a16))
-    kernel_check.check_kernels(cell(world, *w4a16, "exact=false"))
-    kernel_check.check_kernels(cell(world, "quant=w8a8", "quant.kernel=torch"))
+        kernel_check.check_layers(cell(world, *w4a16), [])
+    kernel_check.check_layers(cell(world, *w4a16, "exact=false"), [])
+    kernel_check.check_layers(cell(world, "quant=w8a8", "quant.kernel=torch"), [])
 
 
 @pytest.mark.usefixtures("_gpu")
