@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from methods.kernels import reference
-from quant.grid import Tokens
 
 
 def fuses(x: Tensor) -> bool:
@@ -97,19 +96,6 @@ def add_norm(
 
         return norm.add_norm(x, residual, weight, eps)
     return reference.add_norm(x, residual, weight, eps)
-
-
-def add_norm_round(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tokens, Tensor]:
-    """Give what `add_norm` gives, the normed sum rounded to int8 as `round_tokens` does."""
-    assert x.is_contiguous()
-    assert residual is None or residual.is_contiguous()
-    if fuses(x):
-        from methods.kernels import norm
-
-        return norm.add_norm_round(x, residual, weight, eps)
-    return reference.add_norm_round(x, residual, weight, eps)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

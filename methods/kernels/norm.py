@@ -8,32 +8,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.grid import INT8_MAX, Tokens
-
-# 1.5 * 2**23: a float32 below 2**22 added to it and taken off is rounded to whole, ties to even.
-WHOLE = tl.constexpr(12582912.0)
-
 
 @triton.jit
 def _add_norm(
-    x,
-    residual,
-    weight,
-    summed,
-    normed,
-    scales,
-    eps,
-    tiniest,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ADDED: tl.constexpr,
-    HIGHEST: tl.constexpr,
-):
-    """One token. HIGHEST: the largest code of a rounded result, 0 where it is not rounded."""
+    x, residual, weight, summed, normed, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDED: tl.constexpr,
+):  # fmt: skip
+    """One token."""
     dtype = x.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * WIDTH
     column = tl.arange(0, BLOCK)
     real = column < WIDTH
+    factor = tl.load(weight + column, mask=real, other=0.0)
     value = tl.load(x + row + column, mask=real, other=0.0).to(tl.float32)
     if ADDED:
         value += tl.load(residual + row + column, mask=real, other=0.0).to(tl.float32)
@@ -42,47 +28,16 @@ def _add_norm(
         value = value.to(tl.float32)
     square = tl.sum(value * value, axis=0) / WIDTH
     rate = tl.div_rn(1.0, tl.sqrt_rn(square + eps))
-    factor = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
-    value = (value * rate * factor).to(dtype)
-    if HIGHEST > 0:
-        value = value.to(tl.float32)
-        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), axis=0), HIGHEST), tiniest)
-        tl.store(scales + tl.program_id(0), scale)
-        value = (tl.div_rn(value, scale) + WHOLE) - WHOLE
-    tl.store(normed + row + column, value.to(normed.dtype.element_ty), mask=real)
+    tl.store(normed + row + column, (value * rate * factor.to(tl.float32)).to(dtype), mask=real)
 
 
 def add_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """See `methods.fused.add_norm`."""
-    normed = torch.empty_like(x)
-    summed = _launch(x, residual, weight, eps, normed=normed, scales=normed, highest=0.0)
-    return normed, summed
-
-
-def add_norm_round(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tokens, Tensor]:
-    """See `methods.fused.add_norm_round`."""
-    codes = torch.empty_like(x, dtype=torch.int8)
-    scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
-    summed = _launch(x, residual, weight, eps, normed=codes, scales=scale, highest=float(INT8_MAX))
-    return Tokens(codes, scale), summed
-
-
-def _launch(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    *,
-    normed: Tensor,
-    scales: Tensor,
-    highest: float,
-) -> Tensor:
     n, width = x.shape
     block = triton.next_power_of_2(width)
+    normed = torch.empty_like(x)
     summed = x if residual is None else torch.empty_like(x)
     _add_norm[(n,)](
         x,
@@ -90,14 +45,11 @@ def _launch(
         weight,
         summed,
         normed,
-        scales,
         eps,
-        torch.finfo(torch.float32).tiny,
         WIDTH=width,
         BLOCK=block,
         ADDED=residual is not None,
-        HIGHEST=highest,
         enable_fp_fusion=False,
         num_warps=min(16, max(1, block // 512)),
     )
-    return summed
+    return normed, summed

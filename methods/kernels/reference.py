@@ -9,7 +9,6 @@ from torch import Tensor
 
 from methods import attention
 from methods.rope import rotate
-from quant.grid import Tokens, round_tokens
 
 
 def attend(
@@ -62,14 +61,6 @@ def add_norm(
     """Add, then norm."""
     summed = x if residual is None else x + residual
     return F.rms_norm(summed, weight.shape, weight, eps), summed
-
-
-def add_norm_round(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tokens, Tensor]:
-    """Add, norm, then round each token."""
-    normed, summed = add_norm(x, residual, weight, eps)
-    return round_tokens(normed), summed
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

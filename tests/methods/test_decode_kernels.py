@@ -14,7 +14,6 @@ from torch import Tensor
 from methods import fused
 from methods.kernels import reference
 from methods.rope import Rope, rotate
-from quant.grid import round_tokens
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -189,18 +188,6 @@ def test_add_norm_is_a_sum_then_a_norm(n: int, width: int, added: bool, dtype: t
 
 @kernel
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounding_after_the_norm_is_that_of_the_grid(dtype: torch.dtype) -> None:
-    x, residual, weight = (draw(4, 640, dtype=dtype) for _ in range(3))
-    x[2] = residual[2] = 0  # a row without a scale
-    tokens, summed = norm.add_norm_round(x, residual, weight[0], 1e-5)
-    expected = round_tokens(norm.add_norm(x, residual, weight[0], 1e-5)[0])
-    assert torch.equal(tokens.codes, expected.codes)
-    assert torch.equal(tokens.scale, expected.scale)
-    assert torch.equal(summed, x + residual)
-
-
-@kernel
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "inner"), [(1, 64), (3, 1500)])
 def test_silu_mul_gates(n: int, inner: int, dtype: torch.dtype) -> None:
     gate_up = draw(n, 2 * inner, dtype=dtype) * 4
@@ -282,10 +269,9 @@ def test_a_captured_step_follows_the_length_on_the_device() -> None:
         queries = fused.rope_write(qkv, *table, base + depths, caches[0], base, 0)
         read = fused.attend(queries, caches[0], base, 0, ancestors=paths)
         normed, _ = fused.add_norm(read, hidden, hidden[0], 1e-5)
-        rounded, _ = fused.add_norm_round(read, hidden, hidden[0], 1e-5)
         path = fused.walk(tokens, parents, fused.argmax(logits) % n)
         fused.commit(caches, base, path[1 : 1 + n], path[:1])
-        return [normed, *rounded, fused.silu_mul(read), *fused.best(logits, 7), path]
+        return [normed, fused.silu_mul(read), *fused.best(logits, 7), path]
 
     caches, base = start.clone(), base_of(9)
     step(caches, base)  # compiles
