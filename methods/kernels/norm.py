@@ -8,18 +8,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from methods.kernels.early import admit, await_earlier, early
+
 
 @triton.jit
 def _add_norm(
     x, residual, weight, summed, normed, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One token."""
+    admit(EARLY)
     dtype = x.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * WIDTH
     column = tl.arange(0, BLOCK)
     real = column < WIDTH
     factor = tl.load(weight + column, mask=real, other=0.0)
+    await_earlier(EARLY)
     value = tl.load(x + row + column, mask=real, other=0.0).to(tl.float32)
     if ADDED:
         value += tl.load(residual + row + column, mask=real, other=0.0).to(tl.float32)
@@ -51,5 +55,6 @@ def add_norm(
         ADDED=residual is not None,
         enable_fp_fusion=False,
         num_warps=min(16, max(1, block // 512)),
+        **early(x.device),
     )
     return normed, summed
