@@ -12,6 +12,8 @@ from torch import Tensor
 
 from methods.kernels import reference
 
+LEAST_HEAD = 32  # head dimension: half a head must fill a step of the matrix product
+
 
 def fuses(x: Tensor) -> bool:
     """Whether kernels compute in x's dtype where it lies; float64 is for oracles, in torch."""
@@ -19,38 +21,12 @@ def fuses(x: Tensor) -> bool:
 
 
 def attends(cache: Tensor) -> bool:
-    """Whether `rope_write` and `attend` take a cache, [..., d], as kernels."""
+    """Whether `attend` takes a cache, [..., d], as a kernel."""
     dim = cache.shape[-1]
-    return fuses(cache) and dim & (dim - 1) == 0
+    return fuses(cache) and dim >= LEAST_HEAD and dim & (dim - 1) == 0
 
 
 def attend(
-    queries: Tensor, cache: Tensor, base: Tensor, scratch: int, *, ancestors: Tensor | None
-) -> Tensor:
-    """Attend over all decided slots and over a node's own path. [n, H, d] -> [n, H * d].
-
-    cache: [2, G, S, d], a layer's keys and values, those of the new tokens included. base: [1]
-    int64, how many slots are decided; `scratch` slots behind them were read before these tokens.
-    ancestors: [n, depth] int32; column t is the scratch slot of the node's ancestor at depth t,
-    the node itself last, then -1. None where tokens are read in order, after all of scratch.
-
-    On a GPU a node's result is bit-equal whether its ancestors are decided or scratch, and however
-    many nodes are read with it.
-    """
-    _, groups, _, dim = cache.shape
-    assert queries.shape[1] % groups == 0
-    assert queries.shape[2] == dim
-    assert queries.is_contiguous()
-    assert cache.stride(3) == 1
-    assert ancestors is None or (ancestors.dtype == torch.int32 and ancestors.is_contiguous())
-    if fuses(queries):
-        from methods.kernels import attention
-
-        return attention.attend(queries, cache, base, scratch, ancestors=ancestors)
-    return reference.attend(queries, cache, base, scratch, ancestors=ancestors)
-
-
-def rope_write(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -59,30 +35,48 @@ def rope_write(
     base: Tensor,
     scratch: int,
     *,
+    ancestors: Tensor | None,
     norm: Tensor | None = None,
     eps: float = 0.0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Turn queries and keys, write keys and values behind all slots. -> queries, [n, H, d].
+    """Turn queries and keys, write keys and values behind all slots, attend. -> [n, H * d].
 
     qkv: [n, (H + 2G) * d], as projected. cos, sin: [P, d] of `Rope.angles`, a row a position.
-    positions: [n] int64. cache: [2, G, S, d]. base: [1] int64; slots base + scratch + i are
-    written. norm: [H + G, 1, d], the weights of `HeadNorm`, with its eps. bias: [(H + 2G) * d].
+    positions: [n] int64. cache: [2, G, S, d], a layer's keys and values. base: [1] int64, how many
+    slots are decided; `scratch` slots behind them were read before these tokens, which write slots
+    base + scratch + i and attend over all decided slots and over their own path. ancestors:
+    [n, depth] int32; column t is the scratch slot of the node's ancestor at depth t, the node
+    itself last, then -1. None where tokens are read in order, after all of scratch. norm:
+    [H + G, 1, d], the weights of `HeadNorm`, with its eps. bias: [(H + 2G) * d].
+
+    On a GPU a node's result is bit-equal whether its ancestors are decided or scratch, and however
+    many nodes are read with it. There base, positions, ancestors and decided slots may be read
+    before earlier kernels have ended: between those that write them and this must stand at least
+    one plain launch, such as torch's (methods.kernels.early).
     """
+    _, groups, _, dim = cache.shape
     assert qkv.is_contiguous()
+    assert qkv.dtype == cache.dtype
     assert positions.is_contiguous()
     assert cos.is_contiguous()
     assert sin.is_contiguous()
     assert cache.stride(3) == 1
-    if fuses(qkv):
-        from methods.kernels import rope_write as kernel
-
-        return kernel.rope_write(
-            qkv, cos, sin, positions, cache, base, scratch, norm=norm, eps=eps, bias=bias
+    assert ancestors is None or (ancestors.dtype == torch.int32 and ancestors.is_contiguous())
+    if not fuses(qkv):
+        return reference.attend(
+            *(qkv, cos, sin, positions, cache, base, scratch),
+            ancestors=ancestors,
+            norm=norm,
+            eps=eps,
+            bias=bias,
         )
-    return reference.rope_write(
-        qkv, cos, sin, positions, cache, base, scratch, norm=norm, eps=eps, bias=bias
-    )
+    from methods.kernels import attention, heads
+
+    if norm is not None or bias is not None:
+        qkv = heads.settle(qkv, groups=groups, dim=dim, norm=norm, eps=eps, bias=bias)
+    inputs = (qkv, cos, sin, positions, cache, base, scratch)
+    return attention.attend(*inputs, ancestors=ancestors)
 
 
 def add_norm(

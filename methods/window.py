@@ -78,19 +78,19 @@ class Slots(Window):
         self, layer: int, projected: Tensor, *, bias: Tensor | None, norm: HeadNorm | None
     ) -> Tensor:
         """As in `Window`."""
-        cache, scratch = self.kv.data[layer, :, 0], self.kv.scratch
-        queries = fused.rope_write(
+        out = fused.attend(
             projected[0],
             *self.angles,
             self.positions,
-            cache,
+            self.kv.data[layer, :, 0],
             self.base,
-            scratch,
+            self.kv.scratch,
+            ancestors=self.ancestors,
             norm=None if norm is None else norm.weight,
             eps=0.0 if norm is None else norm.eps,
             bias=bias,
         )
-        return fused.attend(queries, cache, self.base, scratch, ancestors=self.ancestors)[None]
+        return out[None]
 
 
 def window(

@@ -1,14 +1,15 @@
 """Launches that begin before the kernel ahead of them ends (programmatic dependent launch).
 
-On Hopper and later a launch costs about a quarter of a microsecond less so, and what the wait
-allows to be read beforehand costs nothing. A kernel that takes EARLY must
+On Hopper and later a launch costs about half a microsecond less so, and what is read beforehand
+costs nothing. A kernel that takes EARLY must
 
 - `admit` the next kernel, best at once: that one waits by itself;
-- `await_earlier` kernels in every program, before it reads what one of them writes and before it
-  writes anything at all. Until then it may read what no kernel of the step writes: weights, tables.
+- `await_earlier` kernels, in every program, before it writes anything and before it reads what they
+  may be writing still. Until then it may read what no kernel of a step writes, such as weights, and
+  what was written before the newest plain launch: that began when all ahead of it had ended.
 
-Its launch passes `**early(device)`. All that wait see all that came before: a kernel ends after its
-own wait, and so after every kernel ahead of it.
+Its launch passes `**early(device)`. After its wait a kernel sees all that came before, since none
+ends before its own wait has.
 """
 
 from functools import cache

@@ -12,22 +12,6 @@ from methods.rope import rotate
 
 
 def attend(
-    queries: Tensor, cache: Tensor, base: Tensor, scratch: int, *, ancestors: Tensor | None
-) -> Tensor:
-    """Attend with a dense mask."""
-    n = len(queries)
-    length = int(base)
-    if ancestors is None:
-        mask = torch.ones(n, scratch + n, dtype=torch.bool, device=queries.device).tril(scratch)
-    else:
-        slots = torch.arange(scratch + n, device=queries.device)
-        mask = (ancestors[:, :, None] == slots).any(dim=1)
-    seen = torch.cat([mask.new_ones(n, length), mask], dim=1)
-    keys, values = cache[:, None, :, : length + scratch + n]
-    return attention.attend(queries.transpose(0, 1)[None], keys, values, seen)[0]
-
-
-def rope_write(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -36,12 +20,13 @@ def rope_write(
     base: Tensor,
     scratch: int,
     *,
+    ancestors: Tensor | None,
     norm: Tensor | None,
     eps: float,
     bias: Tensor | None,
 ) -> Tensor:
-    """Do it by methods.rope.rotate and an indexed copy."""
-    n = len(qkv)
+    """Turn by methods.rope.rotate, write by an indexed copy, attend with a dense mask."""
+    n, length = len(qkv), int(base)
     _, groups, _, dim = cache.shape
     heads = qkv.shape[1] // dim - 2 * groups
     fused = (qkv if bias is None else qkv + bias).view(n, -1, dim).transpose(0, 1)
@@ -52,7 +37,9 @@ def rope_write(
     slots = base + scratch + torch.arange(n, device=qkv.device)
     cache[0].index_copy_(1, slots, turned[heads:])
     cache[1].index_copy_(1, slots, fused[heads + groups :])
-    return turned[:heads].transpose(0, 1).contiguous()
+    keys, values = cache[:, None, :, : length + scratch + n]
+    seen = attention.visible(ancestors, n=n, length=length, scratch=scratch, device=qkv.device)
+    return attention.attend(turned[None, :heads], keys, values, seen)[0]
 
 
 def add_norm(
