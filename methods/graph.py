@@ -11,11 +11,13 @@ simply runs.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 Key = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+ALIGNMENT = 16  # bytes, of inputs that share memory
 WARMUP = 2  # runs before a capture: kernels are compiled and libraries make their workspaces
 
 
@@ -47,23 +49,53 @@ GRAPHS = Graphs()
 _POOLS: dict[torch.device, torch.cuda.MemPool] = {}
 
 
+class _Inputs:
+    """Fixed memory for what a graph reads. What comes from the host goes over in one copy."""
+
+    def __init__(self, given: tuple[Tensor, ...], device: torch.device) -> None:
+        """given: of the first call, which also says what may come from the host."""
+        hosted = [not tensor.is_cuda for tensor in given]
+        sizes = [tensor.nbytes * host for tensor, host in zip(given, hosted, strict=True)]
+        starts = [0, *accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]
+        self._room = torch.empty(starts.pop(), dtype=torch.uint8, device=device)
+        self._pinned = torch.empty_like(self._room, device="cpu").pin_memory()
+
+        def views(room: Tensor) -> list[Tensor | None]:
+            return [
+                room[start : start + size].view(tensor.dtype).view(tensor.shape) if host else None
+                for tensor, host, start, size in zip(given, hosted, starts, sizes, strict=True)
+            ]
+
+        self._staged = views(self._pinned)
+        rooms = zip(given, views(self._room), strict=True)
+        self.fixed = [torch.empty_like(tensor) if room is None else room for tensor, room in rooms]
+        self.fill(given)
+
+    def fill(self, given: tuple[Tensor, ...]) -> None:
+        """Copy a call's inputs.
+
+        The copy reads pinned memory later: whoever calls again must have waited since, as a step
+        does for its tokens.
+        """
+        for tensor, staged in zip(given, self._staged, strict=True):
+            if not tensor.is_cuda:
+                assert staged is not None
+                staged.copy_(tensor)
+        if len(self._room):
+            self._room.copy_(self._pinned, non_blocking=True)
+        for tensor, fixed in zip(given, self.fixed, strict=True):
+            if tensor.is_cuda:
+                fixed.copy_(tensor)
+
+
 @dataclass
 class _Graph:
     graph: torch.cuda.CUDAGraph
-    inputs: list[Tensor]
-    staged: list[Tensor | None]  # pinned memory for what comes from the host
+    inputs: _Inputs
     outputs: tuple[Tensor, ...]
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        for given, fixed, staged in zip(inputs, self.inputs, self.staged, strict=True):
-            if given.is_cuda:
-                fixed.copy_(given)
-            else:
-                # The copy reads pinned memory later: whoever calls again must have waited since, as
-                # a step does for its tokens.
-                assert staged is not None
-                staged.copy_(given)
-                fixed.copy_(staged, non_blocking=True)
+        self.inputs.fill(inputs)
         self.graph.replay()
         return self.outputs
 
@@ -103,20 +135,19 @@ class Captured:
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> _Graph:
         before = torch.cuda.memory_reserved(self._device)
-        fixed = [tensor.to(self._device, copy=True) for tensor in inputs]
-        staged = [None if t.is_cuda else torch.empty_like(t).pin_memory() for t in inputs]
+        held = _Inputs(inputs, self._device)
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(WARMUP):
-                self._function(*fixed)
+                self._function(*held.fixed)
         torch.cuda.current_stream(self._device).wait_stream(side)
         if self._device not in _POOLS:
             _POOLS[self._device] = torch.cuda.MemPool()
         graph = torch.cuda.CUDAGraph()
         pool = _POOLS[self._device].id
         with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
-            outputs = self._function(*fixed)
+            outputs = self._function(*held.fixed)
         GRAPHS.captured += 1
         GRAPHS.reserved_bytes += torch.cuda.memory_reserved(self._device) - before
-        return _Graph(graph, fixed, staged, outputs)
+        return _Graph(graph, held, outputs)
