@@ -195,18 +195,17 @@ class Method:
         """
         base, seed, unread = known[:1], known[1:2], known[2:]
         u = len(unread)
-        chain = torch.arange(-1, u - 1, device=known.device)
-        read, depths = read_tree(
-            self.target,
-            self.kv,
-            base,
-            torch.cat([unread, tokens])[None],
-            torch.cat([chain, parents + u]),
-            taps=self.drafter.taps,
+        if u:
+            chain = torch.arange(-1, u - 1, device=known.device)
+            read_tokens, read_parents = torch.cat([unread, tokens]), torch.cat([chain, parents + u])
+        else:
+            read_tokens, read_parents = tokens, parents
+        read, positions = read_tree(
+            self.target, self.kv, base, read_tokens[None], read_parents, taps=self.drafter.taps
         )
         logits = self.target.logits(read.hidden[0, u:])
         tree = Tree(tokens=tokens, parents=parents)
-        picked = self.rule.choose(tree, logits, base + depths[u:] + 1, seed=seed)
+        picked = self.rule.choose(tree, logits, positions[u:] + 1, seed=seed)
         return walk(tokens, parents, picked), read.features[0]
 
     def _moves(self, n: int) -> bool:
