@@ -11,7 +11,7 @@ from torch import Tensor
 from quant.kernels import cuda_build
 from quant.kernels import w4a16_hopper as product
 from quant.kernels.exact import Tiles
-from quant.kernels.kernel import Kernel, KernelLinear
+from quant.kernels.kernel import Kernel, KernelLinear, Rounded
 from quant.scheme import QuantLinear
 from quant.weight_only import WeightOnlyLinear
 
@@ -70,8 +70,10 @@ class CudaInt4(KernelLinear):
 
     def __init__(self, layer: WeightOnlyLinear, dtype: torch.dtype) -> None:
         super().__init__(layer, kernel=CudaKernel.name, dtype=dtype)
-        prepared = product.prepare(layer.packed, layer.scales, layer.zeros)
-        product.build(prepared, dtype)
+        scales = layer.scales.to(dtype)
+        self._rounded = Rounded(layer.scales, scales)
+        prepared = product.prepare(layer.packed, scales, layer.zeros)
+        product.build(prepared)
         self._group = prepared.group
         self.register_buffer("words", prepared.words)
         self.register_buffer("scales", prepared.scales)
@@ -87,7 +89,8 @@ class CudaInt4(KernelLinear):
 
     def reference(self) -> QuantLinear:
         """Unpack."""
-        return self._opened(self.order)
+        packed, scales, zeros = product.restore(self._prepared())
+        return WeightOnlyLinear(packed, self._rounded.restored(scales), zeros, self.order, bits=4)
 
     def _opened(self, order: Tensor | None) -> WeightOnlyLinear:
         packed, scales, zeros = product.restore(self._prepared())

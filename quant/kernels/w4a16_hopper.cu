@@ -5,32 +5,29 @@
 // A pair of blocks (a cluster) takes 512 output features, 256 each, over a range of chunks of 128
 // inputs, and goes on to the next 512 where its range does (stream-K, Osama et al.,
 // arXiv 2301.03598). One thread of a block copies ahead: weights for itself, one half of each chunk
-// of x for both. Two warpgroups multiply, each two tiles of 64 features: codes are opened in
-// registers and are the left operand of wgmma, x in shared memory the right one, so that features
-// are the long side. Each group's product is exact in the codes and is scaled in float32.
+// of x for both. Four warpgroups of 64 features multiply: codes are opened in registers and are
+// the left operand of wgmma, x in shared memory the right one, so that features are the long side.
+// Weights are rounded to x's dtype as the scheme has them; a product's sum runs through a whole tile.
 //
 // Weights are constants, so their copies start before the kernel in front has ended
 // (programmatic dependent launch); only x waits for it.
 //
-// Set in front of this text:
+// Set by the compiler's command line:
 //   TOKENS   columns of the tile, a multiple of 8, at most 64
 //   STAGES   chunks in flight
 //   BF16     x and y are bfloat16 instead of float16
-//   SCALE    type of scales: 0 float16, 1 bfloat16, 2 float32
 //   ZEROS    zeros are stored; else every zero is 8
 //   SPANS    groups in a chunk: 2 for groups of 64, else 1
 //   WGMMA_*  the product's instruction for that many tokens, see w4a16_hopper.py
 
 constexpr int ROWS = 256;           // output features of a block
 constexpr int CHUNK = 128;          // inputs of a stage
-constexpr int CONSUMERS = 256;      // threads that multiply: two warpgroups, each two tiles of 64
+constexpr int CONSUMERS = 512;      // threads that multiply: four warpgroups of 64 features
 constexpr int BLOCKS = TOKENS / 8;
-constexpr int HELD = TOKENS / 2;  // accumulators of a thread
-constexpr int AT_ONCE = TOKENS <= 32 ? 2 : 1;  // chunks between two waits for everything
-constexpr int SCALE_BYTES = SCALE == 2 ? 4 : 2;
+constexpr int HELD = TOKENS / 2;  // sums of a thread
 constexpr int X_BYTES = TOKENS * CHUNK * 2;
 constexpr int WORD_BYTES = ROWS * CHUNK / 2;
-constexpr int ALL_SCALES = ROWS * SPANS * SCALE_BYTES;
+constexpr int ALL_SCALES = ROWS * SPANS * 2;
 constexpr int ALL_ZEROS = ZEROS ? ROWS * SPANS : 0;
 constexpr int STAGE_BYTES = (X_BYTES + WORD_BYTES + ALL_SCALES + ALL_ZEROS + 1023) / 1024 * 1024;
 
@@ -39,10 +36,10 @@ constexpr int STAGE_BYTES = (X_BYTES + WORD_BYTES + ALL_SCALES + ALL_ZEROS + 102
 __device__ __forceinline__ u32 descriptor_low(u32 at) { return at >> 4 | 1u << 16; }
 constexpr u64 DESCRIPTOR_HIGH = u64{64} << 32 | u64{1} << 62;
 
-__device__ __forceinline__ void multiply(float (&sum)[HELD], const u32 (&a)[4], u64 b, int adds) {
-    asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " WGMMA_ADDS ", 0;\n" WGMMA_LINE "\n}"
+__device__ __forceinline__ void multiply(float (&sum)[HELD], const u32 (&a)[4], u64 b) {
+    asm volatile(WGMMA_LINE
                  : WGMMA_SUMS(sum)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 __device__ __forceinline__ u32 picked(u32 word, u32 mask, u32 base) {
@@ -51,64 +48,69 @@ __device__ __forceinline__ u32 picked(u32 word, u32 mask, u32 base) {
     return out;
 }
 
-// The codes of 16 inputs, less their zeros, of rows g (low) and g + 8 (high) of a warp.
+__device__ __forceinline__ u32 times(u32 value, u32 scale) {
+    u32 out;
+#if BF16
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(value), "r"(scale));
+#else
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(value), "r"(scale));
+#endif
+    return out;
+}
+
+// What opens the codes of a group: of rows g (0) and g + 8 (1) of a warp, each number twice.
+struct Group {
+    u32 zero[2], scale[2];
+};
+
+// The weights of 16 inputs in rows g and g + 8: codes less zeros, times scales, in x's dtype.
 //
-// Set into the mantissa of 1024 (float16) or 128 (bfloat16) a code is exact; `low` and `high` are
-// that number plus the zero, twice. In float16 a code four bits up is worth 16 and is scaled down.
-__device__ __forceinline__ void open_codes(u32 word, u32 low, u32 high, u32 (&a)[4]) {
+// Set into the mantissa of 1024 (float16) or 128 (bfloat16) a code is exact, and `zero` is that
+// number plus the zero. In float16 a code four bits up is worth 16 and is scaled down.
+__device__ __forceinline__ void open_codes(u32 word, const Group& group, u32 (&a)[4]) {
 #if BF16
     constexpr u32 BASE = 0x43004300, MASK = 0x000f000f;
-    a[0] = picked(word, MASK, BASE);
-    a[1] = picked(word >> 4, MASK, BASE);
-    a[2] = picked(word >> 8, MASK, BASE);
-    a[3] = picked(word >> 12, MASK, BASE);
-    asm("sub.rn.bf16x2 %0, %0, %1;" : "+r"(a[0]) : "r"(low));
-    asm("sub.rn.bf16x2 %0, %0, %1;" : "+r"(a[1]) : "r"(high));
-    asm("sub.rn.bf16x2 %0, %0, %1;" : "+r"(a[2]) : "r"(low));
-    asm("sub.rn.bf16x2 %0, %0, %1;" : "+r"(a[3]) : "r"(high));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        a[i] = picked(word >> 4 * i, MASK, BASE);
+        asm("sub.rn.bf16x2 %0, %0, %1;" : "+r"(a[i]) : "r"(group.zero[i % 2]));
+        a[i] = times(a[i], group.scale[i % 2]);
+    }
 #else
     constexpr u32 BASE = 0x64006400, LOW = 0x000f000f, HIGH = 0x00f000f0, SIXTEENTH = 0x2c002c00;
-    const u32 upper = word >> 8;
-    a[0] = picked(word, LOW, BASE);
-    a[1] = picked(word, HIGH, BASE);
-    a[2] = picked(upper, LOW, BASE);
-    a[3] = picked(upper, HIGH, BASE);
-    asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(a[0]) : "r"(low));
-    asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(a[1]) : "r"(SIXTEENTH), "r"(high));
-    asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(a[2]) : "r"(low));
-    asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(a[3]) : "r"(SIXTEENTH), "r"(high));
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const u32 shifted = word >> 4 * i;
+        a[i] = picked(shifted, LOW, BASE);
+        a[i + 1] = picked(shifted, HIGH, BASE);
+        asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(a[i]) : "r"(group.zero[0]));
+        asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(a[i + 1]) : "r"(SIXTEENTH), "r"(group.zero[1]));
+        a[i] = times(a[i], group.scale[0]);
+        a[i + 1] = times(a[i + 1], group.scale[1]);
+    }
 #endif
 }
 
-__device__ __forceinline__ u32 low_constant(u32 zero) {
-    return ((BF16 ? 0x4300u : 0x6400u) + zero) * 0x00010001u;
+__device__ __forceinline__ u32 zero_constant(u32 zero, int high) {
+    // float16, high: -(64 + zero), whose last place is 1/16.
+    const u32 one = BF16 ? 0x4300u + zero : high ? 0xd400u + (zero << 4) : 0x6400u + zero;
+    return one * 0x00010001u;
 }
 
-__device__ __forceinline__ u32 high_constant(u32 zero) {
-    // float16: -(64 + zero), whose last place is 1/16.
-    return (BF16 ? 0x4300u + zero : 0xd400u + (zero << 4)) * 0x00010001u;
-}
-
-__device__ __forceinline__ float scale_at(u32 at, int row) {
-    float value;
-    if constexpr (SCALE == 2) {
-        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at + row * 4));
-    } else {
-        u16 bits;
-        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(at + row * 2));
-        if constexpr (SCALE == 1) {
-            value = __uint_as_float(static_cast<u32>(bits) << 16);
-        } else {
-            asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+__device__ __forceinline__ Group group_at(u32 scales_at, u32 zeros_at, int row) {
+    Group made;
+#pragma unroll
+    for (int high = 0; high < 2; ++high) {
+        u16 scale;
+        u32 zero = 8;
+        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(scale) : "r"(scales_at + (row + 8 * high) * 2));
+        if constexpr (ZEROS) {
+            asm volatile("ld.shared.u8 %0, [%1];" : "=r"(zero) : "r"(zeros_at + row + 8 * high));
         }
+        made.scale[high] = scale * 0x00010001u;
+        made.zero[high] = zero_constant(zero, high);
     }
-    return value;
-}
-
-__device__ __forceinline__ u32 zero_at(u32 at, int row) {
-    u32 value;
-    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(at + row));
-    return value;
+    return made;
 }
 
 __device__ __forceinline__ u32 rounded_pair(float first, float second) {
@@ -132,110 +134,42 @@ struct Ring {
     }
 };
 
-// What a thread holds of a tile of 64 features and one span of inputs.
-struct Tile {
-    u32 word[2 / SPANS][4];
-    float scale[2];  // of rows g and g + 8
-    u32 low, high;
+// What a thread holds of its 64 features and half a chunk of inputs.
+struct Half {
+    u32 word[4];
+    Group group;
 };
 
-// Read a tile (0 or 1 of this warpgroup) of a span of the chunk that the ring is at.
-template <int SPAN, int TILE>
-__device__ __forceinline__ Tile load(const Ring& ring) {
-    const int tile = threadIdx.x / 128 * 2 + TILE, thread = threadIdx.x % 128;
-    const int row = SPAN * ROWS + tile * 64 + thread / 32 * 16 + thread % 32 / 4;
+// Read a half of the chunk that the ring is at.
+template <int HALF>
+__device__ __forceinline__ void load(Half& half, const Ring& ring) {
+    const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
     const u32 words_at = ring.stages + ring.stage * STAGE_BYTES + X_BYTES;
     const u32 scales_at = words_at + WORD_BYTES, zeros_at = scales_at + ALL_SCALES;
-    Tile made;
-#pragma unroll
-    for (int half = 0; half < 2 / SPANS; ++half) {
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(made.word[half][0]), "=r"(made.word[half][1]),
-                       "=r"(made.word[half][2]), "=r"(made.word[half][3])
-                     : "r"(words_at + (tile * 2 + SPAN + half) * 2048 + thread * 16));
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(half.word[0]), "=r"(half.word[1]), "=r"(half.word[2]), "=r"(half.word[3])
+                 : "r"(words_at + (warpgroup * 2 + HALF) * 2048 + thread * 16));
+    if (HALF == 0 || SPANS == 2) {
+        const int row = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
+        half.group = group_at(scales_at, zeros_at, HALF * ROWS + row);
     }
-    made.scale[0] = scale_at(scales_at, row);
-    made.scale[1] = scale_at(scales_at, row + 8);
-    made.low = low_constant(8), made.high = high_constant(8);
-    if constexpr (ZEROS) {
-        made.low = low_constant(zero_at(zeros_at, row));
-        made.high = high_constant(zero_at(zeros_at, row + 8));
-    }
-    return made;
 }
 
-// A tile's product under way: where it goes, what it is scaled by, and its left operand.
-struct Product {
-    float part[HELD];
-    float scale[2];
-    u32 a[8 / SPANS][4];
+// Open the codes of half a chunk and start to add their product with x to the sum.
+template <int HALF>
+__device__ __forceinline__ void start(float (&sum)[HELD], u32 (&a)[4][4], const Half& half, u32 x_at) {
+    const u32 b = descriptor_low(x_at) + HALF * (X_BYTES / 32);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) open_codes(half.word[i], half.group, a[i]);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < 4; ++i) multiply(sum, a[i], DESCRIPTOR_HIGH | (b + i * 2));
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 
-    // Open a tile's codes and start its product with a span of x.
-    __device__ __forceinline__ void start(const Tile& tile, u32 b) {
-        scale[0] = tile.scale[0], scale[1] = tile.scale[1];
-#pragma unroll
-        for (int i = 0; i < 8 / SPANS; ++i) {
-            open_codes(tile.word[i / 4][i % 4], tile.low, tile.high, a[i]);
-        }
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int i = 0; i < 8 / SPANS; ++i) {
-            multiply(part, a[i], DESCRIPTOR_HIGH | (b + i / 4 * (X_BYTES / 32) + i % 4 * 2), i > 0);
-        }
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    }
-
-    // Add a product that has ended to its sum.
-    __device__ __forceinline__ void add_to(float (&sum)[HELD]) {
-#pragma unroll
-        for (int i = 0; i < HELD; ++i) asm volatile("" : "+f"(part[i])::"memory");
-#pragma unroll
-        for (int i = 0; i < HELD; ++i) sum[i] = fmaf(scale[i / 2 % 2], part[i], sum[i]);
-    }
-};
-
-// Add the products of COUNT chunks to the sums of a warpgroup's two tiles. While one tile's product
-// runs the next one's codes are opened.
-//
-// tile: the first of the ring's chunk; at the end that of the next chunk, if there is one.
-template <int COUNT>
-__device__ __forceinline__ void take(float (&sum)[2][HELD], Tile& tile, Ring& ring, bool last) {
-    constexpr int PRODUCTS = 2 * SPANS * COUNT;
-    Product product[PRODUCTS];
-    u32 left = ring.empty + 8 * ring.stage;
-#pragma unroll
-    for (int i = 0; i <= PRODUCTS; ++i) {
-        const bool ends_span = i % 2 == 1, ends_chunk = i % (2 * SPANS) == 2 * SPANS - 1;
-        const u32 left_before = left;
-        if (i < PRODUCTS) {
-            const int span = i / 2 % SPANS;
-            const u32 x_at = ring.stages + ring.stage * STAGE_BYTES;
-            product[i].start(tile, descriptor_low(x_at) + span * (X_BYTES / 32));
-            if (ends_chunk) {
-                left = ring.empty + 8 * ring.stage;
-                ring.next();
-                if (i < PRODUCTS - 1 || !last) {
-                    barrier_wait(ring.full + 8 * ring.stage, ring.phase);
-                    tile = load<0, 0>(ring);
-                }
-            } else if (ends_span) {
-                tile = load<SPANS - 1, 0>(ring);
-            } else if (span == 0) {
-                tile = load<0, 1>(ring);
-            } else {
-                tile = load<SPANS - 1, 1>(ring);
-            }
-        }
-        if (i > 0) {
-            i < PRODUCTS ? products_wait<1>() : products_wait<0>();
-            product[i - 1].add_to(sum[(i - 1) % 2]);
-            if (i % (2 * SPANS) == 0) {
-                __syncwarp();
-                const u32 empty = i < PRODUCTS ? left_before : left;
-                if (threadIdx.x % 32 < 2) barrier_arrive_at(empty, threadIdx.x % 32);
-            }
-        }
-    }
+__device__ __forceinline__ void leave(const Ring& ring, int stage) {
+    __syncwarp();
+    if (threadIdx.x % 32 < 2) barrier_arrive_at(ring.empty + 8 * stage, threadIdx.x % 32);
 }
 
 // Where the range of a pair starts, of all units of work.
@@ -273,7 +207,7 @@ __device__ __forceinline__ void consumers_sync() {
 }
 
 // Leave a part of a tile's sum for the block that comes last, which adds all parts up in order.
-__device__ __forceinline__ bool add_parts(float (&sum)[2][HELD], float4* parts, u32* counters,
+__device__ __forceinline__ bool add_parts(float (&sum)[HELD], float4* parts, u32* counters,
                                           u32* arrived, int tile, int pair, int pairs, int chunks,
                                           int units, u32 rank) {
     const int first = pair_of(tile * chunks, pairs, units);
@@ -281,13 +215,13 @@ __device__ __forceinline__ bool add_parts(float (&sum)[2][HELD], float4* parts, 
     const auto part_of = [&](int other) {
         // A pair's range starts in one tile and may end in another: a place for each.
         const int place = start_of(other, pairs, units) >= tile * chunks ? 0 : 1;
-        return parts + (static_cast<long long>(other * 2 + rank) * 2 + place) * 2 * BLOCKS * CONSUMERS +
+        return parts + (static_cast<long long>(other * 2 + rank) * 2 + place) * BLOCKS * CONSUMERS +
                threadIdx.x;
     };
     float4* own = part_of(pair);
 #pragma unroll
-    for (int i = 0; i < 2 * BLOCKS; ++i) {
-        const float* four = sum[i / BLOCKS] + i % BLOCKS * 4;
+    for (int i = 0; i < BLOCKS; ++i) {
+        const float* four = sum + i * 4;
         __stcg(own + i * CONSUMERS, make_float4(four[0], four[1], four[2], four[3]));
     }
     consumers_sync();
@@ -302,14 +236,14 @@ __device__ __forceinline__ bool add_parts(float (&sum)[2][HELD], float4* parts, 
     consumers_sync();
     if (*arrived != last - first) return false;
 #pragma unroll
-    for (int i = 0; i < HELD; ++i) sum[0][i] = sum[1][i] = 0.0f;
+    for (int i = 0; i < HELD; ++i) sum[i] = 0.0f;
 #pragma unroll(TOKENS <= 16 ? 4 : 1)
     for (int other = first; other <= last; ++other) {
         const float4* part = part_of(other);
 #pragma unroll
-        for (int i = 0; i < 2 * BLOCKS; ++i) {
+        for (int i = 0; i < BLOCKS; ++i) {
             const float4 value = __ldcg(part + i * CONSUMERS);
-            float* four = sum[i / BLOCKS] + i % BLOCKS * 4;
+            float* four = sum + i * 4;
             four[0] += value.x, four[1] += value.y, four[2] += value.z, four[3] += value.w;
         }
     }
@@ -378,29 +312,45 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(CONSUMERS
         }
         __syncwarp();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 112;");
         asm volatile("griddepcontrol.wait;" ::: "memory");
         Ring ring{stages, full, empty};
-        float sum[2][HELD];
+        float sum[HELD];
+        u32 a[2][4][4];
+        Half half;
         barrier_wait(ring.full, ring.phase);
-        Tile held = load<0, 0>(ring);
+        load<0>(half, ring);
         for (int unit = begin; unit < end;) {
             const int tile = unit / chunks, from = unit;
             const int until = min(end, (tile + 1) * chunks);
 #pragma unroll
-            for (int i = 0; i < HELD; ++i) sum[0][i] = sum[1][i] = 0.0f;
-            for (; unit + AT_ONCE <= until; unit += AT_ONCE) {
-                take<AT_ONCE>(sum, held, ring, unit + AT_ONCE == end);
+            for (int i = 0; i < HELD; ++i) sum[i] = 0.0f;
+            // A product runs while the codes of the next are opened; then it is waited for.
+            int left = -1;
+            for (; unit < until; ++unit) {
+                const u32 x_at = ring.stages + ring.stage * STAGE_BYTES;
+                start<0>(sum, a[0], half, x_at);
+                load<1>(half, ring);
+                products_wait<1>();
+                if (left >= 0) leave(ring, left);
+                start<1>(sum, a[1], half, x_at);
+                left = ring.stage;
+                ring.next();
+                if (unit + 1 < end) {
+                    barrier_wait(ring.full + 8 * ring.stage, ring.phase);
+                    load<0>(half, ring);
+                }
+                products_wait<1>();
             }
-            for (; unit < until; ++unit) take<1>(sum, held, ring, unit + 1 == end);
+            products_wait<0>();
+            leave(ring, left);
+#pragma unroll
+            for (int i = 0; i < HELD; ++i) asm volatile("" : "+f"(sum[i])::"memory");
             const bool whole = from == tile * chunks && until == (tile + 1) * chunks;
             if (whole || add_parts(sum, parts, counters, &arrived, tile, pair, pairs, chunks,
                                    units, rank)) {
-                // Of the block, a warp's first in its first tile.
-                const int row = static_cast<int>(threadIdx.x) / 128 * 128 + threadIdx.x % 128 / 32 * 16;
-                const int feature = (tile * 2 + static_cast<int>(rank)) * ROWS + row;
-                store(sum[0], y, n, n_out, feature);
-                store(sum[1], y, n, n_out, feature + 64);
+                const int row = static_cast<int>(threadIdx.x) / 32 * 16;  // of the block, a warp's first
+                store(sum, y, n, n_out, (tile * 2 + static_cast<int>(rank)) * ROWS + row);
             }
         }
     }

@@ -1,16 +1,16 @@
 """Few tokens times 4-bit weights on Hopper, bit-equal however many are read: `x @ dequant(W).T`.
 
-    y[t, r] = sum over parts of K, in order, of the sum over their groups g, in order, of
-              s[g, r] * dot_g(c - z[g, r], x)
+    y[t, r] = sum over parts of K, in order, of the float32 sum of w[r, k] x[t, k] over the part
+    w = ((c - z) * s) in x's dtype, as quant.weight_only has it
 
-in float32, where c - z is exact and the dot is one tensor-core sum. How K is parted depends on the
-shape and the device alone, never on the number of tokens n. The kernel is w4a16_hopper.cu.
+A part's sum runs through its inputs in order, 16 at a time. How K is parted depends on the shape
+and the device alone, never on the number of tokens n. The kernel is w4a16_hopper.cu.
 
 What it reads is cut into blocks of 256 outputs and chunks of 128 inputs; N and K are filled up to
 whole pairs of blocks and whole chunks with codes and scales that add nothing:
 
     words  [N / 256, K / 128, 4, 2, 128, 4] int32   warpgroup, half of the chunk, thread, step
-    scales [N / 256, steps, 256 * spans]            as stored; a step holds `spans` groups
+    scales [N / 256, steps, 256 * spans]            in x's dtype; a step holds `spans` groups
     zeros  likewise, uint8
 
 A word holds what one thread multiplies in one 16-input step of wgmma: of rows g and g + 8 and
@@ -32,14 +32,13 @@ from quant.pack import pack_nibbles, unpack_nibbles
 
 ROWS, CHUNK = 256, 128  # of a block, of a stage
 PAIR = 2 * ROWS  # outputs of a cluster of two
-CONSUMERS = 256  # threads that multiply
+CONSUMERS = 512  # threads that multiply
 THREADS = CONSUMERS + 128  # and a warpgroup, one thread of which copies
-NARROWEST, WIDEST = 8, 64  # tokens of a launch; more are several launches
+DTYPES = (torch.float16, torch.bfloat16)
+WIDEST = 64  # tokens of a launch; more are several launches
 MIDDLE = 8  # code that stands for 0 where no zeros are stored
 SHARED_BYTES = 200 * 1024  # of the 227 KiB a block may have; the rest is for its neighbours
 STAGE_ALIGNMENT = 1024
-MOST_BLOCKS = 1 << 16  # of 256 outputs
-SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 SOURCES = tuple(Path(__file__).with_name(n) for n in ("hopper.cuh", "w4a16_hopper.cu"))
 
 
@@ -63,14 +62,13 @@ class Variant:
 
     tokens: int
     bf16: bool
-    scale: int  # of SCALE_TYPES
     zeros: bool
     spans: int
 
     @property
     def stage_bytes(self) -> int:
         """Shared memory of one chunk."""
-        scales = ROWS * self.spans * (4 if self.scale == 2 else 2)
+        scales = ROWS * self.spans * 2
         zeros = ROWS * self.spans if self.zeros else 0
         whole = self.tokens * CHUNK * 2 + ROWS * CHUNK // 2 + scales + zeros
         return -(-whole // STAGE_ALIGNMENT) * STAGE_ALIGNMENT
@@ -88,17 +86,15 @@ class Variant:
         left = ", ".join(f"%{held + i}" for i in range(4))
         line = (
             f"wgmma.mma_async.sync.aligned.m64n{self.tokens}k16.f32.{kind}.{kind} "
-            f"{{{sums}}}, {{{left}}}, %{held + 4}, adds, 1, 1, 0;"
+            f"{{{sums}}}, {{{left}}}, %{held + 4}, 1, 1, 1, 0;"
         )
         values = {
             "TOKENS": self.tokens,
             "STAGES": self.stages,
             "BF16": int(self.bf16),
-            "SCALE": self.scale,
             "ZEROS": int(self.zeros),
             "SPANS": self.spans,
             "WGMMA_LINE": f'"{line}"',
-            "WGMMA_ADDS": f'"%{held + 5}"',
             "WGMMA_SUMS(sum)": ", ".join(f'"+f"(sum[{i}])' for i in range(held)),
         }
         settings = "".join(f"#define {name} {value}\n" for name, value in values.items())
@@ -108,8 +104,11 @@ class Variant:
 def prepare(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Prepared:
     """Reorder a weight as `quant.weight_only` stores it.
 
-    packed: [N, K / 2] uint8. scales: [N, groups]. zeros: [N, groups] uint8, or None.
+    packed: [N, K / 2] uint8. scales: [N, groups], in the dtype of activations. zeros: [N, groups]
+    uint8, or None.
     """
+    if scales.dtype not in DTYPES:
+        raise ValueError(f"scales must be float16 or bfloat16, as x will be, got {scales.dtype}")
     n, k = packed.shape[0], packed.shape[1] * 2
     group = k // scales.shape[1]
     needed, got = unfit(n, k, group)
@@ -158,11 +157,11 @@ def unfit(n: int, k: int, group: int) -> tuple[str, str]:
 
 
 def reference(x: Tensor, weight: Prepared) -> Tensor:
-    """Give the exact product, from the prepared tensors. x: [n, K] -> [n, N] float64."""
+    """Give the product in float64, from the prepared tensors. x: [n, K] -> [n, N] float64."""
     packed, scales, zeros = restore(weight)
-    steps = unpack_nibbles(packed).view(*scales.shape, -1).double()
-    steps -= MIDDLE if zeros is None else zeros.double().unsqueeze(-1)
-    return x.double() @ (steps * scales.double().unsqueeze(-1)).flatten(1).t()
+    steps = unpack_nibbles(packed).view(*scales.shape, -1).to(scales.dtype)
+    steps -= MIDDLE if zeros is None else zeros.to(scales.dtype).unsqueeze(-1)
+    return x.double() @ (steps * scales.unsqueeze(-1)).double().flatten(1).t()
 
 
 def matmul(x: Tensor, weight: Prepared) -> Tensor:
@@ -174,17 +173,16 @@ def matmul(x: Tensor, weight: Prepared) -> Tensor:
     return y
 
 
-def build(weight: Prepared, dtype: torch.dtype) -> None:
-    """Compile what `matmul` may need of a weight, for every number of tokens. dtype: of x."""
-    for tokens in range(NARROWEST, WIDEST + 1, NARROWEST):
-        _function(_variant(weight, dtype, tokens), weight.words.device)
+def build(weight: Prepared) -> None:
+    """Compile what `matmul` may need of a weight, for every number of tokens."""
+    for tokens in range(8, WIDEST + 1, 8):
+        _function(_variant(weight, tokens), weight.words.device)
 
 
-def _variant(weight: Prepared, dtype: torch.dtype, n: int) -> Variant:
+def _variant(weight: Prepared, n: int) -> Variant:
     return Variant(
-        tokens=-(-n // NARROWEST) * NARROWEST,
-        bf16=dtype == torch.bfloat16,
-        scale=SCALE_TYPES[weight.scales.dtype],
+        tokens=-(-n // 8) * 8,
+        bf16=weight.scales.dtype == torch.bfloat16,
         zeros=weight.zeros is not None,
         spans=_spans(weight.group, weight.shape[1]),
     )
@@ -192,7 +190,7 @@ def _variant(weight: Prepared, dtype: torch.dtype, n: int) -> Variant:
 
 def _launch(x: Tensor, weight: Prepared, y: Tensor) -> None:
     n, k = x.shape
-    variant = _variant(weight, x.dtype, n)
+    variant = _variant(weight, n)
     blocks, chunks = weight.words.shape[:2]
     tiles = blocks // 2
     pairs = min(_multiprocessors(x.device) // 2, tiles * chunks)
@@ -232,11 +230,14 @@ def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
     two streams at once must not.
     """
     blocks = _multiprocessors(device)
-    parts = torch.empty(blocks, 2, WIDEST // 4, CONSUMERS, 4, device=device)
+    parts = torch.empty(blocks, 2, WIDEST // 8, CONSUMERS, 4, device=device)
     return parts, torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=device)
 
 
-def _tensor_map(x: Tensor, tokens: int) -> Any:  # noqa: ANN401  the driver's own type
+MOST_BLOCKS = 1 << 16  # of 256 outputs
+
+
+def _tensor_map(x: Tensor, tokens: int) -> Any:
     """Describe x for copies of [tokens, 64]; what lies outside of it comes as 0."""
     from cuda.bindings import driver
 
@@ -282,8 +283,8 @@ def _groups(steps: Tensor, n: int, groups: int) -> Tensor:
 
 def _require(x: Tensor, weight: Prepared) -> None:
     k = weight.shape[1]
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"x must be float16 or bfloat16, got {x.dtype}")
+    if x.dtype != weight.scales.dtype:
+        raise ValueError(f"x must be {weight.scales.dtype} as prepared for, got {x.dtype}")
     if x.dim() != 2 or x.shape[1] != k or not len(x):
         raise ValueError(f"x must be [n, {k}] with n of 1 or more, got {list(x.shape)}")
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
