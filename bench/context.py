@@ -26,6 +26,7 @@ PACKAGES = (
     "numpy",
     "triton",
     "humming-kernels",
+    "cuda-bindings",
 )
 NVIDIA = ("driver_version", "clocks.sm", "clocks.mem", "power.limit", "temperature.gpu")
 
