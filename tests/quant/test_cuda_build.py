@@ -33,12 +33,14 @@ def test_what_cannot_be_kept_is_no_reason_to_stop(tmp_path: Path) -> None:
     assert cuda_build._read(tmp_path / "absent" / "a.cubin") is None
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_a_refused_source_is_told_in_the_compilers_words() -> None:
     with pytest.raises(RuntimeError, match=r"NVRTC refused a kernel: .*undefined"):
         cuda_build.compiled("__global__ void f() { nothing(); }", "sm_90a")
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_a_torn_binary_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_build, "_folder", lambda: tmp_path)

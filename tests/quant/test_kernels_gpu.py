@@ -53,7 +53,10 @@ SCHEMES: dict[str, Scheme] = {
     "qoq-channel": W4A8QoQ(group_size=-1, range_search=False),
     "qoq-g128": W4A8QoQ(group_size=128, range_search=False),
 }
+OWN = {f"w4a16-{groups}" for groups in ("g128", "g64", "channel", "g128-asym", "channel-asym")}
 COMPUTED = {
+    "triton": OWN | {"w8a8", "w8a8-smooth"},
+    "cuda": OWN,
     "humming": {*SCHEMES} - {"dense", "qqq-g128", "qoq-channel"},
     "torch": {"dense", "w4a16-g128", "w4a16-g64", "w4a16-g32", "w8a8", "w8a8-smooth", "fp8"},
 }

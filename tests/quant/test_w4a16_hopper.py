@@ -112,6 +112,7 @@ def test_an_input_that_does_not_fit_is_told(x: Tensor, told: str) -> None:
         kernel.matmul(x, kernel.prepare(*stored(512, 128, 128, zeros=False)))
 
 
+@pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("dtype", MOST_ERROR)
 @pytest.mark.parametrize("zeros", [False, True])
@@ -131,6 +132,7 @@ def test_products_are_near_float64_and_rows_do_not_depend_on_their_number(
         assert torch.equal(found, whole[:width]), width
 
 
+@pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("scale", [torch.float16, torch.bfloat16, torch.float32])
 def test_scales_are_taken_in_the_dtype_that_is_stored(scale: torch.dtype) -> None:
@@ -140,6 +142,7 @@ def test_scales_are_taken_in_the_dtype_that_is_stored(scale: torch.dtype) -> Non
     assert float((kernel.matmul(x, weight).double() - exact).norm() / exact.norm()) < 1e-3
 
 
+@pytest.mark.gpu
 @needs_hopper
 def test_a_row_does_not_depend_on_its_place() -> None:
     weight = on_gpu(*stored(768, 1024, 128, zeros=True))
@@ -148,6 +151,7 @@ def test_a_row_does_not_depend_on_its_place() -> None:
     assert torch.equal(kernel.matmul(x[order], weight), kernel.matmul(x, weight)[order])
 
 
+@pytest.mark.gpu
 @needs_hopper
 def test_a_replayed_graph_gives_the_bits_of_a_call() -> None:
     weight = on_gpu(*stored(512, 8192, 128, zeros=False))
