@@ -152,6 +152,8 @@ def unfit(n: int, k: int, group: int) -> tuple[str, str]:
     """Say what a shape must have and what it has; empty: it is taken."""
     if n % 8 or k % 8:
         return "N and K in multiples of 8", f"N={n}, K={k}"
+    if -(-n // PAIR) * 2 > MOST_BLOCKS:  # as many count their parts
+        return f"N of {MOST_BLOCKS * ROWS} at most", str(n)
     if group == k or (group == CHUNK // 2 and k % group == 0) or group % CHUNK == 0:
         return "", ""
     return f"group_size {CHUNK // 2}, a multiple of {CHUNK} or -1", str(group)

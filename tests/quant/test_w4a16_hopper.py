@@ -98,6 +98,12 @@ def test_a_shape_that_does_not_fit_is_told(n: int, k: int, group: int, told: str
         kernel.prepare(*stored(n, k, group, zeros=False))
 
 
+def test_there_is_a_counter_for_every_block() -> None:
+    most = kernel.MOST_BLOCKS * kernel.ROWS
+    assert kernel.unfit(most, 128, 128) == ("", "")
+    assert kernel.unfit(most + 8, 128, 128) == (f"N of {most} at most", str(most + 8))
+
+
 @pytest.mark.parametrize(
     ("x", "told"),
     [
