@@ -3,7 +3,7 @@
 `auto` on a CPU is the reference. On a GPU it is what `specquant kernels` measured as the fastest on
 this machine; of a layer that nobody measured, the first in this order that takes it:
 
-    humming > triton > cuda > torch > reference
+    humming > triton > torch > reference
 
 That is the order of their times on an H200 for 1 to 64 tokens (Llama-3-70B's four layers, LOG.md):
 humming leads in every quantised format that it computes but w4a16 at 16 to 32 tokens, where our own
@@ -42,6 +42,8 @@ AVAILABLE: Sequence[Kernel] = (
     TorchKernel(),
     Absent("marlin", MARLIN),
 )
+# What `auto` takes only where it was measured as the fastest.
+MEASURED_ONLY = ("cuda",)
 # In the order that `auto` asks them for exact layers.
 EXACT_ORDER = ("triton", "cuda", "torch", "humming", "marlin")
 
@@ -85,7 +87,8 @@ def choose(
         return None
     if exact:
         kernels = sorted(kernels, key=lambda kernel: EXACT_ORDER.index(kernel.name))
-    ordered = sorted(kernels, key=lambda kernel: kernel.name != measured)
+    asked = [k for k in kernels if k.name == measured or k.name not in MEASURED_ONLY]
+    ordered = sorted(asked, key=lambda kernel: kernel.name != measured)
     return next((k for k in ordered if not k.refuses(layer, dtype, device, exact=exact)), None)
 
 

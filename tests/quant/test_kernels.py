@@ -15,7 +15,7 @@ from quant.kernels.choice import choose, named
 from quant.kernels.kernel import Kernel, Rounded
 from quant.kernels.layout import Layout
 from quant.kernels.machine import Machine
-from quant.kernels.table import Table, read_table, table_path, write_table
+from quant.kernels.table import Table, entry, read_table, table_path, write_table
 from quant.kernels.triton_kernel import TritonKernel
 from quant.pack import unpack_nibbles
 from quant.scheme import KERNELS, QuantLinear, Scheme
@@ -163,6 +163,16 @@ def test_what_nobody_measured_goes_to_the_first_that_takes_it() -> None:
     empty = Table(machine=MACHINE, best={})
     assert choose(layer(w4a16()), "w4a16-g128", HALF, CPU, empty, [one, other]) is other
     assert choose(layer(w4a16()), "w4a16-g128", HALF, CPU, empty, [one]) is None
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_our_cuda_kernel_is_chosen_only_where_it_was_measured(exact: bool) -> None:
+    kernels = [Taking("humming", takes=False), Taking("cuda"), Taking("torch")]
+    own, label = layer(w4a16()), "w4a16-g128"
+    best = {entry(label, exact=exact): {"256x64": {"float16": "cuda"}}}
+    for found, chosen in ((best, kernels[1]), ({}, kernels[2])):
+        table = Table(machine=MACHINE, best=found)
+        assert choose(own, label, HALF, CPU, table, kernels, exact=exact) is chosen
 
 
 @pytest.mark.parametrize(
