@@ -8,24 +8,44 @@ from torch import Tensor
 
 from methods.calibrate import load_calibrated
 from methods.decode import generate
+from methods.eagle2 import Eagle2
+from methods.eagle3 import Eagle3
+from methods.hierarchical import Hierarchical
 from methods.recipe import Family, Parts, Recipe
 from methods.transformer import Transformer
+from methods.vanilla import Vanilla
 from methods.verify import Greedy, Rule
 from quant.dense import Dense
 from quant.scheme import Scheme
 
 TEXTS = [[3 + i % 90 for i in range(40)], [90 - i for i in range(40)]]
+TREE = {"depth": 4, "top_k": 4, "nodes": 14}
+RECIPES: dict[str, Recipe] = {
+    "vanilla": Vanilla(),
+    "eagle2": Eagle2(**TREE),
+    "eagle3": Eagle3(**TREE),
+    "chain": Hierarchical(min_draft=4, inner=Vanilla()),
+    "hierarchical": Hierarchical(min_draft=5, inner=Eagle2(**TREE)),
+}
 
 
-def load(folder: Path, scheme: Scheme, dtype: torch.dtype = torch.float64) -> Transformer:
+def load(
+    folder: Path,
+    scheme: Scheme,
+    dtype: torch.dtype = torch.float64,
+    device: str | torch.device = "cpu",
+    *,
+    exact: bool = False,
+) -> Transformer:
     return load_calibrated(
         folder,
         scheme=scheme,
         dense=Dense(),
         lm_head=Dense(),
         dtype=dtype,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         texts=TEXTS,
+        exact=exact,
     )
 
 
@@ -41,13 +61,14 @@ def make_parts(
     target: Transformer | None = None,
 ) -> Parts:
     draft = draft_scheme or Dense()
+    own = target or load(family.target, scheme or Dense())
 
     @cache
     def smaller(folder: Path) -> Transformer:
-        return load(folder, draft)
+        return load(folder, draft, own.dtype, own.device)
 
     return Parts(
-        target=target or load(family.target, scheme or Dense()),
+        target=own,
         family=family,
         rule=rule or Greedy(),
         context=context,

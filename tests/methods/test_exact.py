@@ -1,8 +1,6 @@
 """Greedy speculation that gives plain decoding's tokens bit for bit, and what that rests on."""
 
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,34 +8,20 @@ import torch
 from bench.build import ROOT
 from bench.measure import random_tree
 from bench.nodes import in_a_tree, in_chains, one_by_one, unequal
-from methods.calibrate import load_calibrated
 from methods.decode import generate
-from methods.eagle2 import Eagle2
-from methods.eagle3 import Eagle3
-from methods.hierarchical import Hierarchical
 from methods.kv import KVCache
-from methods.recipe import Family, Parts, Recipe
+from methods.recipe import Family
 from methods.transformer import Transformer
 from methods.tree import Tree
-from methods.vanilla import Vanilla
-from methods.verify import Greedy
 from quant.dense import Dense
 from quant.kernels.exact import Tiles
 from quant.scheme import Scheme
 from quant.w4a16 import W4A16
 from quant.w8a8 import W8A8
-from tests.methods.parts import make_parts
+from tests.methods.parts import RECIPES, load, make_parts
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PROMPT = [0, 5, 17, 23, 42, 8, 61, 3, 3, 9, 14]
-TREE = {"depth": 4, "top_k": 4, "nodes": 14}
-RECIPES: dict[str, Recipe] = {
-    "vanilla": Vanilla(),
-    "eagle2": Eagle2(**TREE),
-    "eagle3": Eagle3(**TREE),
-    "chain": Hierarchical(min_draft=4, inner=Vanilla()),
-    "hierarchical": Hierarchical(min_draft=5, inner=Eagle2(**TREE)),
-}
 SCHEMES: dict[str, Scheme] = {
     "dense": Dense(),
     "w4a16": W4A16(group_size=128, symmetric=True, range_search=False),
@@ -51,24 +35,9 @@ LAB_FAMILY = Family(
 )
 
 
-def load(
-    folder: Path, scheme: Scheme, dtype: torch.dtype, device: str, *, exact: bool = True
-) -> Transformer:
-    return load_calibrated(
-        folder,
-        scheme=scheme,
-        dense=Dense(),
-        lm_head=Dense(),
-        dtype=dtype,
-        device=torch.device(device),
-        texts=[],
-        exact=exact,
-    )
-
-
 def test_every_layer_of_an_exact_target_is_and_its_output_projection(family: Family) -> None:
-    exact = load(family.target, Dense(), torch.float64, "cpu")
-    plain = load(family.target, Dense(), torch.float64, "cpu", exact=False)
+    exact = load(family.target, Dense(), exact=True)
+    plain = load(family.target, Dense())
     assert exact.linears.keys() == plain.linears.keys()
     assert "lm_head" in exact.linears
     assert all(isinstance(layer, Tiles) for layer in exact.linears.values())
@@ -102,7 +71,7 @@ def filled(target: Transformer, tokens: list[int], room: int) -> KVCache:
 
 
 def test_nodes_are_the_same_however_they_are_read(family: Family) -> None:
-    target = load(family.target, Dense(), torch.float64, "cpu")
+    target = load(family.target, Dense(), exact=True)
     kv = filled(target, PROMPT, 20)
     tree = random_tree(20, target.shape.vocab_size, seed=1, device=target.device)
     whole = in_a_tree(target, kv, tree)
@@ -132,7 +101,7 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
 
 @pytest.fixture(scope="module", params=list(SCHEMES))
 def target(request: pytest.FixtureRequest, dtype: torch.dtype) -> Iterator[Transformer]:
-    yield load(LAB_FAMILY.target, SCHEMES[request.param], dtype, "cuda")
+    yield load(LAB_FAMILY.target, SCHEMES[request.param], dtype, "cuda", exact=True)
 
 
 @pytest.mark.gpu
@@ -156,33 +125,16 @@ def test_a_nodes_bits_do_not_depend_on_what_is_read_with_it(
 @on_gpu
 def test_without_it_some_nodes_bits_do_depend() -> None:
     # What the tests above are worth: the same reads of the same model as it comes.
-    target = load(LAB_FAMILY.target, Dense(), torch.float32, "cuda", exact=False)
+    target = load(LAB_FAMILY.target, Dense(), torch.float32, "cuda")
     kv = filled(target, PROMPT, 60)
     tree = random_tree(60, target.shape.vocab_size, seed=0, device=target.device)
     assert unequal(in_a_tree(target, kv, tree), one_by_one(target, kv, tree)) > 0
 
 
-def lab_parts(target: Transformer) -> Parts:
-    @cache
-    def smaller(folder: Path) -> Transformer:
-        return load(folder, Dense(), target.dtype, "cuda", exact=False)
-
-    return Parts(
-        target=target,
-        family=LAB_FAMILY,
-        rule=Greedy(),
-        context=400,
-        scheme=Dense(),
-        lm_head=None,
-        dense=Dense(),
-        load=smaller,
-    )
-
-
 @pytest.mark.gpu
 @on_gpu
 def test_every_method_gives_plain_decodings_tokens_bit_for_bit(target: Transformer) -> None:
-    parts = lab_parts(target)
+    parts = make_parts(LAB_FAMILY, target=target, context=400)
     methods = {name: recipe.method(parts) for name, recipe in RECIPES.items()}
     for method in methods.values():
         method.warm_up()

@@ -1,35 +1,20 @@
 """Graphs give what calls give: the same bits, in every method, and nothing escapes them."""
 
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from methods.calibrate import load_calibrated
 from methods.decode import Method, Output, generate
-from methods.eagle2 import Eagle2
-from methods.eagle3 import Eagle3
 from methods.graph import GRAPHS, Captured
-from methods.hierarchical import Hierarchical
 from methods.recipe import Family, Parts, Recipe
-from methods.transformer import Transformer
 from methods.vanilla import Vanilla
-from methods.verify import Greedy
 from quant.dense import Dense
+from tests.methods.parts import RECIPES, load, make_parts
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PROMPT = [0, 5, 17, 23, 42, 8, 61]
-TREE = {"depth": 4, "top_k": 4, "nodes": 14}
-RECIPES: dict[str, Recipe] = {
-    "vanilla": Vanilla(),
-    "eagle2": Eagle2(**TREE),
-    "eagle3": Eagle3(**TREE),
-    "chain": Hierarchical(min_draft=4, inner=Vanilla()),
-    "hierarchical": Hierarchical(min_draft=5, inner=Eagle2(**TREE)),
-}
 
 
 def test_elsewhere_than_on_a_gpu_a_function_simply_runs() -> None:
@@ -47,30 +32,8 @@ def test_elsewhere_than_on_a_gpu_a_function_simply_runs() -> None:
 
 
 def parts_of(family: Family, dtype: torch.dtype, *, draft_ids: Tensor | None = None) -> Parts:
-    @cache
-    def load(folder: Path) -> Transformer:
-        return load_calibrated(
-            folder,
-            scheme=Dense(),
-            dense=Dense(),
-            lm_head=Dense(),
-            dtype=dtype,
-            device=torch.device("cuda"),
-            texts=[],
-        )
-
-    return Parts(
-        target=load(family.target),
-        family=family,
-        rule=Greedy(),
-        context=200,
-        scheme=Dense(),
-        lm_head=None,
-        target_lm_head=Dense(),
-        dense=Dense(),
-        draft_ids=draft_ids,
-        load=load,
-    )
+    target = load(family.target, Dense(), dtype, "cuda")
+    return make_parts(family, target=target, draft_ids=draft_ids)
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -82,16 +45,21 @@ def decode(method: Method) -> Output:
     return generate(method, PROMPT, limit=100, stop=lambda _: None)
 
 
-@pytest.mark.gpu
-@on_gpu
-@pytest.mark.parametrize("name", RECIPES)
-def test_graphs_give_what_calls_give_and_miss_no_step(parts: Parts, name: str) -> None:
-    called = decode(RECIPES[name].method(parts))
-    method = RECIPES[name].method(parts)
+def called_and_captured(recipe: Recipe, parts: Parts) -> tuple[Output, Method]:
+    """What calls give, once graphs have given the same and missed no step; and the method."""
+    called, method = decode(recipe.method(parts)), recipe.method(parts)
     method.warm_up()
     missed = GRAPHS.missed
     assert decode(method) == called
     assert GRAPHS.missed == missed
+    return called, method
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("name", RECIPES)
+def test_graphs_give_what_calls_give_and_miss_no_step(parts: Parts, name: str) -> None:
+    called, method = called_and_captured(RECIPES[name], parts)
     assert decode(method) == called
 
 
@@ -101,12 +69,7 @@ def test_graphs_give_what_calls_give_and_miss_no_step(parts: Parts, name: str) -
 def test_graphs_of_a_cut_vocabulary_give_what_calls_give(family: Family, name: str) -> None:
     listed = torch.arange(0, 90, 2)
     parts = parts_of(family, torch.float32, draft_ids=listed)
-    called = decode(RECIPES[name].method(parts))
-    method = RECIPES[name].method(parts)
-    method.warm_up()
-    missed = GRAPHS.missed
-    assert decode(method) == called
-    assert GRAPHS.missed == missed
+    called, _ = called_and_captured(RECIPES[name], parts)
     assert called.token_ids == decode(Vanilla().method(parts)).token_ids
 
 
