@@ -24,20 +24,30 @@ OPTIONS = ("--std=c++17",)
 DIGEST = 32  # bytes of SHA-256, in front of a kept binary
 
 
+@cache
 def missing() -> str:
-    """Name the package without which nothing is compiled here; empty: it is there."""
+    """Say without what nothing is compiled here; empty: it is all there."""
     try:
         found = find_spec("cuda.bindings") is not None
     except ModuleNotFoundError:
         found = False
-    return "" if found else "cuda-bindings"
+    if not found:
+        return "the package cuda-bindings"
+    from cuda.bindings import nvrtc
+
+    try:
+        _checked(nvrtc.nvrtcVersion())
+    except RuntimeError:  # the bindings look for the library at the first call
+        return "NVRTC, of the CUDA toolkit"
+    return ""
 
 
 @dataclass(frozen=True)
 class Function:
-    """A kernel that is loaded on the current device."""
+    """A kernel that is loaded on a device."""
 
     handle: Any
+    device: torch.device
 
     def launch(
         self,
@@ -48,7 +58,7 @@ class Function:
         *,
         overlapped: bool,
     ) -> None:
-        """Launch on torch's current stream.
+        """Launch on torch's current stream of the device.
 
         arguments: ctypes values, or objects with `getPtr`. overlapped: may start before the kernel
         in front has ended (programmatic dependent launch); the kernel waits by itself.
@@ -59,14 +69,15 @@ class Function:
         config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
         config.sharedMemBytes = shared_bytes
-        config.hStream = torch.cuda.current_stream().cuda_stream
+        config.hStream = torch.cuda.current_stream(self.device).cuda_stream
         if overlapped:
             attribute = driver.CUlaunchAttribute()
             kinds = driver.CUlaunchAttributeID
             attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
             config.attrs, config.numAttrs = [attribute], 1
-        _checked(driver.cuLaunchKernelEx(config, self.handle, ctypes.addressof(pointers), 0))
+        with torch.cuda.device(self.device):
+            _checked(driver.cuLaunchKernelEx(config, self.handle, ctypes.addressof(pointers), 0))
 
 
 def function(source: str, name: str, *, shared_bytes: int, device: torch.device) -> Function:
@@ -82,7 +93,7 @@ def function(source: str, name: str, *, shared_bytes: int, device: torch.device)
         handle = _checked(driver.cuModuleGetFunction(library, name.encode()))
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(handle, most, shared_bytes))
-    return Function(handle)
+    return Function(handle, device)
 
 
 def compiled(source: str, architecture: str) -> bytes:

@@ -32,8 +32,8 @@ class CudaKernel(Kernel):
         found = torch.cuda.get_device_capability(device)
         if found != CAPABILITY:
             return self.told("a GPU of compute capability 9.0", f"{found[0]}.{found[1]}")
-        if package := cuda_build.missing():
-            return self.told(f"the package {package}", "none")
+        if absent := cuda_build.missing():
+            return self.told(absent, "none")
         return ""
 
     def unfit(self, layer: QuantLinear, dtype: torch.dtype) -> str:
