@@ -288,6 +288,7 @@ def _family(node: object, key: str) -> Family:
         target=hub.place(folders.target),
         heads={head: hub.place(name) for head, name in folders.heads.items()},
         small=None if folders.small is None else _family(folders.small, f"{key}.small"),
+        key=key,
     )
 
 
