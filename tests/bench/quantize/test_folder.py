@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def test_the_folder_is_read_by_quant_checkpoint(
 ) -> None:
     code, told, _ = door(*world, f"out={tmp_path / 'out'}")
     assert code == 0
-    assert "perplexity" in told
+    assert re.search(r"^perplexity \S+, dense \S+ \(\d+ tokens of task=perplexity\)$", told, re.M)
     out = tmp_path / "out"
     check_transformer(out)
     assert stored_in(out, AsStored(), AsStored()).label == "w4a16-g32+gptq"
@@ -60,6 +61,18 @@ def test_the_end_names_the_command_that_runs_the_folder(
     assert {f"model.target={out}", "quant=checkpoint", "method=eagle2"} <= set(words)
     assert not any(word == f"model.target={folder_of(world)}" for word in words)
     composed(*words[2:])
+
+
+@pytest.mark.parametrize("lacking", ["heads", "all"])
+def test_the_end_names_a_method_whose_models_fit(
+    world: list[str], tmp_path: Path, door: Door, lacking: str
+) -> None:
+    lab = [o for o in world if not o.startswith(("model.heads.", "model.small."))]
+    # The lab's own heads, and its smaller model, are of another width and vocabulary.
+    small = [o for o in world if o.startswith("model.small.")] if lacking == "heads" else []
+    _, told, _ = door(*lab, *small, "quantizer=nearest", "quality=null", f"out={tmp_path / 'out'}")
+    expected = {"heads": "chain", "all": "vanilla"}[lacking]
+    assert f"method={expected}" in shlex.split(told.splitlines()[-1])
 
 
 def test_a_column_that_holds_nothing_is_left_out(
