@@ -28,8 +28,8 @@ from methods.replay import Acceptance, AcceptanceProfile
 from methods.verify import Greedy, Rule, Sampled
 from quant.scheme import Scheme
 
-RANDOM = "random"
-WEIGHTS = ("lab", "checkpoint", RANDOM)
+LAB, RANDOM = "lab", "random"
+WEIGHTS = (LAB, "checkpoint", RANDOM)
 
 
 # Keys of conf/base.yaml that have a least value.

@@ -181,7 +181,7 @@ def _job(tree: Mapping[str, Any], settings: Settings, quantizer: Quantizer) -> J
         device=torch.device(settings.device),
         seed=settings.seed,
         identity="",
-        notes={"calibration": None},
+        notes={"source": WeightHashes(None).one(family.target), "calibration": None},
         progress=sys.stderr.isatty(),
     )
     files = []
@@ -192,7 +192,7 @@ def _job(tree: Mapping[str, Any], settings: Settings, quantizer: Quantizer) -> J
         files = [file]
         wanted = typed(tree["calibration"], Calibration, key="calibration")
         texts = _texts(file, family.target, wanted, settings.seed, most=shape.max_positions)
-        job = replace(job, texts=texts, notes=_notes(file, texts, settings.seed))
+        job = replace(job, texts=texts, notes={**job.notes, **_notes(file, texts, settings.seed)})
     identity = {
         "settings": without(tree, "out", "task", "quality", "threads"),
         "files": WeightHashes(None).of([family.target], files),

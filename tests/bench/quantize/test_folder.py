@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from bench import run
+from bench.check import is_foreign
+from bench.config import parse, resolve
 from bench.shards import UNFINISHED
 from methods.checkpoint import check_transformer, load_transformer, stored_in
 from methods.weights import INDEX, read_config
@@ -154,3 +156,18 @@ def test_dense_weights_beside_the_layers_are_kept_as_they_are(
     for name, tensor in plain.items():
         if not name.endswith("_proj.weight"):
             assert torch.equal(load_file(out / index[name])[name], tensor)
+
+
+def test_only_what_was_quantised_from_the_lab_is_the_labs(
+    world: list[str], tmp_path: Path, door: Door
+) -> None:
+    texts = [o for o in world if not o.startswith("model.")]
+    words = ["quantizer=nearest", "quality=null"]
+    door(*texts, *words, f"out={tmp_path / 'lab'}")
+    door(*world, *words, f"out={tmp_path / 'other'}")
+    found = {
+        name: is_foreign(parse(resolve(composed(f"model.target={tmp_path / name}"))))
+        for name in ("lab", "other", "target")
+    }
+    assert found == {"lab": False, "other": True, "target": True}
+    assert not is_foreign(parse(resolve(composed())))
