@@ -95,6 +95,10 @@ def run_block(
     scratch.mkdir(parents=True, exist_ok=True)
     with _locked(scratch) as lock:
         live = [arm for arm in block.arms if not is_finished(arm)]
+        waiting = ", ".join(_label(arm) for arm in live if not arm.problem)
+        if waiting and not progress:
+            sys.stderr.write(f"{block.name}: loads its target for {waiting}\n")
+            sys.stderr.flush()
         for arm in block.arms:
             if arm in live:
                 _prepare(arm, block)
@@ -151,9 +155,13 @@ def _move_aside(folder: Path, block: Block) -> Path:
 def _job_of(arm: Arm) -> ArmJob:
     return ArmJob(
         folder=str(arm.folder.resolve()),
-        label=arm_label(arm.cell.method, arm.cell.draft_scheme),
+        label=_label(arm),
         config=arm.config,
     )
+
+
+def _label(arm: Arm) -> str:
+    return arm_label(arm.cell.method, arm.cell.draft_scheme)
 
 
 def _baseline(block: Block) -> str:

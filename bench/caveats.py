@@ -22,6 +22,11 @@ def warnings(campaign: Campaign, rows: Sequence[CellRow]) -> list[str]:
         )
     if any(c.cell.weights == "random" for c in campaign.cells):
         said.append("Weights are random in some cells: costs are real there, tokens mean nothing.")
+    if foreign := {c.cell.folder or c.cell.model for c in campaign.cells if c.cell.foreign}:
+        said.append(
+            "Called lab weights, but neither below models/lab nor recorded as quantised from "
+            f"there: {', '.join(sorted(foreign))}."
+        )
     replayed = {c.cell.acceptance for c in campaign.cells} - {"measured"}
     if replayed:
         said.append(

@@ -5,8 +5,10 @@ from itertools import chain
 from pathlib import Path
 
 from bench import sandbox, text
-from bench.config import RANDOM, Config, Costing
+from bench.build import ROOT
+from bench.config import LAB, RANDOM, Config, Costing
 from bench.draft_vocab import check_unseen, vocabulary
+from bench.identity import WeightHashes
 from bench.task import Prompt, Task, encode
 from methods.checkpoint import check_transformer, stored_in
 from methods.random_weights import is_random
@@ -55,6 +57,22 @@ def check_random(config: Config) -> None:
             f"task must draw tokens below {vocab}, such as task=random, for random weights, which "
             f"have no tokenizer; got {task.name} with draw_below {task.draw_below}"
         )
+
+
+def is_foreign(config: Config) -> bool:
+    """Tell whether weights are called the lab's that nothing shows to be.
+
+    The lab's lie below models/lab, or config.json tells that `specquant quantize` made them of
+    those.
+    """
+    folder, lab = config.model.family.target.resolve(), (ROOT / "models" / LAB).resolve()
+    if config.model.weights != LAB or folder.is_relative_to(lab):
+        return False
+    told = read_config(folder)
+    notes = (told.get("quantization_config"), told.get("specquant"))
+    source = next((n["source"] for n in notes if isinstance(n, dict) and "source" in n), None)
+    hashes = WeightHashes(None)
+    return source not in [hashes.one(place.parent) for place in lab.glob("*/config.json")]
 
 
 def check_contexts(cost: Costing, positions: int) -> None:

@@ -57,6 +57,7 @@ class Child:
     def __init__(self, job: Job, scratch: Path) -> None:
         self.job = job
         self._scratch = scratch
+        self._told: set[str] = set()  # arms of which a line was written
 
     def watch(self) -> "Stopwatch":
         """Start to charge this process's time to stages: the command's, then our imports."""
@@ -70,9 +71,16 @@ class Child:
         return watch
 
     def announce(self, arm: ArmJob | None, doing: str) -> None:
-        """Say what comes next. arm: None is what all of them share."""
+        """Say what comes next. arm: None is what all of them share.
+
+        Where there are no bars, an arm's first is also a line on standard error.
+        """
         running = {"arm": arm.folder if arm else "", "doing": doing}
         write_json(self._scratch / RUNNING, running)
+        if arm is not None and not self.job.progress and arm.folder not in self._told:
+            self._told.add(arm.folder)
+            sys.stderr.write(f"{self.job.name}: {arm.label} starts\n")
+            sys.stderr.flush()
 
     def end(self, arm: ArmJob, status: Status) -> None:
         """Record how an arm ended."""

@@ -6,6 +6,8 @@ Doors are imported when they are called, so that a report does not wait for torc
 import importlib
 import sys
 
+from bench.pipe import until_closed
+
 DOORS = {
     "check": "look at everything that a run would trip over, and whether a head works at all",
     "run": "decode a task with a method on a quantised model, or a matrix of them",
@@ -22,6 +24,10 @@ MODULES = {"check": "preflight"}
 
 def main() -> int:
     """Open a door; give its exit code."""
+    return until_closed(_open)
+
+
+def _open() -> int:
     arguments = sys.argv[1:]
     if arguments[:1] in ([], ["--help"], ["-h"]):
         sys.stdout.write(_usage())

@@ -28,8 +28,8 @@ from methods.replay import Acceptance, AcceptanceProfile
 from methods.verify import Greedy, Rule, Sampled
 from quant.scheme import Scheme
 
-RANDOM = "random"
-WEIGHTS = ("lab", "checkpoint", RANDOM)
+LAB, RANDOM = "lab", "random"
+WEIGHTS = (LAB, "checkpoint", RANDOM)
 
 
 # Keys of conf/base.yaml that have a least value.
@@ -288,6 +288,7 @@ def _family(node: object, key: str) -> Family:
         target=hub.place(folders.target),
         heads={head: hub.place(name) for head, name in folders.heads.items()},
         small=None if folders.small is None else _family(folders.small, f"{key}.small"),
+        key=key,
     )
 
 

@@ -94,6 +94,8 @@ def collect(name: str, make: Callable[[], C], *, finish: Callable[[C], int]) -> 
         return finish(plan)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         return _refuse({_one_line(error): []})
+    except BrokenPipeError:
+        raise  # whoever read the output has gone: `bench.pipe`
     except OSError as error:
         return _refuse({unusable(error): []})
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from bench.check import check_ids
 from bench.config import Config, Settings
 from bench.context import context
 from bench.kernel_timing import copy_tb_per_s
@@ -147,7 +149,9 @@ class Loader:
         if self._texts is None and self.model.calibration is not None:
             texts = [str(row.get("text")) for row in read_file(self.model.calibration)]
             most = check_transformer(self.model.family.target).max_positions
-            self._texts = [self.tokenizer(text)["input_ids"][:most] for text in texts]
+            read = [self.tokenizer(text)["input_ids"][:most] for text in texts]
+            check_ids(self.model.family.target, chain.from_iterable(read))
+            self._texts = read
         return self._texts or []
 
 

@@ -168,7 +168,8 @@ def _origin(config: Config) -> str:
     """Tell where weights and acceptance come from."""
     check.check_random(config)
     check_levels(config)
-    return f"{config.model.weights}, acceptance {config.accept.label}"
+    doubt = " (but nothing shows that the target is the lab's)" if check.is_foreign(config) else ""
+    return f"{config.model.weights}{doubt}, acceptance {config.accept.label}"
 
 
 def _rotation(config: Config) -> Finding:

@@ -8,7 +8,6 @@
 import hashlib
 import math
 import random
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,8 +27,9 @@ from bench.likelihood import Reader, score
 from bench.load import load_tokenizer
 from bench.machine import check_machine
 from bench.quantizer import Job, Quantizer
-from bench.record import VANILLA, write_json
-from bench.schemes import DRAFT_SCHEME, LM_HEAD, parse_schemes
+from bench.record import write_json
+from bench.run_line import STORED, run_line
+from bench.schemes import LM_HEAD, parse_schemes
 from bench.shards import close, is_finished
 from bench.source import read_file
 from bench.terminal import quality_report
@@ -38,7 +38,6 @@ from methods.checkpoint import check_transformer, load_transformer
 from methods.values import read_json
 from quant.scheme import Scheme
 
-STORED = "checkpoint"  # the file of conf/quant that reads what was written
 REPORT = "quality.json"
 PARTS = ("target", "small")
 GROUPS = ("model", "quant", "quantizer", "task", "calibration", "quality")
@@ -107,7 +106,14 @@ class Jobs:
         job = _job(tree, settings, quantizer)
         planned = Planned(
             job=job,
-            run=_run_line(tree["model"], names["model"], settings, job.out, overrides),
+            run=run_line(
+                tree["model"],
+                names["model"],
+                job.out,
+                overrides,
+                small=settings.part != "target",
+                machine={"device": settings.device, "dtype": settings.dtype},
+            ),
             quantizer=quantizer,
             threads=settings.threads,
             evaluation=None if quality is None else typed(quality, Evaluation, key="quality"),
@@ -157,21 +163,6 @@ def _completed(planned: Planned, known: Mapping[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _run_line(
-    model: Mapping[str, Any], name: str, settings: Settings, out: Path, overrides: Sequence[str]
-) -> str:
-    """Give the command that decodes with what is written, with the best drafter at hand."""
-    best = next(iter(model["heads"]), "chain" if model.get("small") else VANILLA)
-    key, words = "model.target", [f"quant={STORED}", f"method={best}"]
-    if settings.part != "target":
-        key, words = "model.small.target", ["method=chain", f"method.{DRAFT_SCHEME}={STORED}"]
-    places = (f"{key}=", "model.calibration=")
-    kept = [o for o in overrides if o.startswith("model.") and not o.startswith(places)]
-    machine = [f"{k}={v}" for k, v in (("device", settings.device), ("dtype", settings.dtype))]
-    words = [f"model={name}", *kept, f"{key}={out}", *words, *machine]
-    return f"specquant run {shlex.join(words)}"
-
-
 def _job(tree: Mapping[str, Any], settings: Settings, quantizer: Quantizer) -> Job:
     """Check what is asked for, and read the texts where they are needed."""
     model = parse_model(_fetched(tree["model"], settings.part))
@@ -190,7 +181,7 @@ def _job(tree: Mapping[str, Any], settings: Settings, quantizer: Quantizer) -> J
         device=torch.device(settings.device),
         seed=settings.seed,
         identity="",
-        notes={"calibration": None},
+        notes={"source": WeightHashes(None).one(family.target), "calibration": None},
         progress=sys.stderr.isatty(),
     )
     files = []
@@ -201,7 +192,7 @@ def _job(tree: Mapping[str, Any], settings: Settings, quantizer: Quantizer) -> J
         files = [file]
         wanted = typed(tree["calibration"], Calibration, key="calibration")
         texts = _texts(file, family.target, wanted, settings.seed, most=shape.max_positions)
-        job = replace(job, texts=texts, notes=_notes(file, texts, settings.seed))
+        job = replace(job, texts=texts, notes={**job.notes, **_notes(file, texts, settings.seed)})
     identity = {
         "settings": without(tree, "out", "task", "quality", "threads"),
         "files": WeightHashes(None).of([family.target], files),

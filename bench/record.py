@@ -155,6 +155,7 @@ class Cell(Record):
     weight_hashes: dict[str, str] = field(default_factory=dict)
     revisions: list[str] = field(default_factory=list)  # org/name@commit of what the hub gave
     folder: str = ""  # name of the target's folder, where it is not the model's own
+    foreign: bool = False  # called the lab's, but neither below models/lab nor known to be of it
     target_hash: str = ""  # of the target's files; empty in older records
     stored: bool = False  # layers are quantised in the folder, not when they are read
 

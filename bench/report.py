@@ -150,19 +150,20 @@ def write(report: Tables, folder: Path, formats: Sequence[str]) -> None:
 
 def main() -> int:
     """Report on a campaign as the command line asks; give the exit code."""
-    codes = []
+    told, codes = [], []
 
     @hydra.main(config_path=str(ROOT / "conf"), config_name="report", version_base="1.3")
     def door(config: DictConfig) -> None:
         try:
-            sys.stdout.write(_report(config))
+            told.append(_report(config))
             codes.append(0)
         except (ValueError, OSError) as error:
-            told = unusable(error) if isinstance(error, OSError) else error
-            sys.stderr.write(f"error: {told}\n")
+            problem = unusable(error) if isinstance(error, OSError) else error
+            sys.stderr.write(f"error: {problem}\n")
             codes.append(2)
 
     door()
+    sys.stdout.writelines(told)  # not inside: Hydra would show a traceback of a closed pipe
     return codes[0] if codes else 0
 
 

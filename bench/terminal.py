@@ -79,7 +79,7 @@ def quality_report(report: Mapping[str, Any]) -> str:
     if "perplexity" in report:
         lines.append(
             f"perplexity {report['perplexity']:.4f}, dense {report['dense_perplexity']:.4f} "
-            f"({report['tokens']} tokens of {report['text']})"
+            f"({report['tokens']} tokens of task={report['text']})"
         )
     if report.get("kl_nats_per_token") is not None:
         lines.append(f"KL(dense || new) {report['kl_nats_per_token']:.3e} nats per token")

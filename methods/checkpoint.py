@@ -16,6 +16,7 @@ from methods.architecture import (
     stored_tensors,
 )
 from methods.decode import Mark, unmarked
+from methods.head_shapes import head_method
 from methods.packer import Packer
 from methods.transformer import Shape, Transformer
 from methods.values import naming, read_flag
@@ -28,6 +29,10 @@ def check_transformer(folder: Path) -> Shape:
     """Check a model's folder without reading its weights; give its sizes."""
     config = read_config(folder)
     weights = Weights(folder)
+    if (method := head_method(config, weights.keys())) is not None:
+        raise ValueError(
+            f"{folder} must be a whole model, got a draft head, which model.heads.{method} takes"
+        )
     quantization = _quantization(config, weights)
     with naming(folder):
         shape = read_shape(config)

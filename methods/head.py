@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from methods.architecture import read_shape
-from methods.head_shapes import EMBEDDING
+from methods.head_shapes import EMBEDDING, SPECULATORS, head_method
 from methods.rotation import Rotation
 from methods.transformer import Shape, Transformer
 from methods.values import naming, read_flag, read_section, read_size, shown
@@ -138,6 +138,12 @@ def open_head(
         if config.get(key):
             raise ValueError(f"{folder}: {key} must be false, nothing here computes it")
     weights = Weights(folder, renamed=renamed, device=device)
+    found, wanted = head_method(config, weights.keys()), SPECULATORS[kind]
+    if found not in (wanted, None):
+        raise ValueError(
+            f"{folder} must hold a head of {wanted}, got one of {found}, which "
+            f"model.heads.{found} takes"
+        )
     # EAGLE's code asks this key, not the family; files without it have biases or have none.
     biased = any(name.endswith("q_proj.bias") for name in weights)
     with naming(folder):

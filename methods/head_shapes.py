@@ -1,11 +1,16 @@
 """The tensors of draft heads, by EAGLE's own names: what a folder must hold, or is filled with."""
 
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from methods.architecture import EMBEDDING as MODEL_EMBEDDING
 from methods.architecture import block_shapes
 from methods.transformer import Shape
 
 FC, FC_BIAS, EMBEDDING, LM_HEAD = "fc.weight", "fc.bias", "embed_tokens.weight", "lm_head.weight"
 OFFSETS, KEPT = "d2t", "t2d"  # of a draft vocabulary
 
+SPECULATORS = {"eagle": "eagle2", "eagle3": "eagle3"}  # speculators' own names of them
 EAGLE2_PREFIX, EAGLE3_PREFIX = "layers.0.", "midlayer."
 EAGLE3_EMBEDDING_NORM = f"{EAGLE3_PREFIX}input_layernorm.weight"
 
@@ -31,3 +36,15 @@ def eagle3_shapes(
         "norm.weight": (hidden,),
         LM_HEAD: (draft_vocab, hidden),
     } | block_shapes(EAGLE3_PREFIX, shape, attention_in=2 * hidden)
+
+
+def head_method(config: Mapping[str, Any], names: Collection[str]) -> str | None:
+    """Tell which method's head a folder holds, by its config.json and tensors; None where none's.
+
+    eagle2 stands for EAGLE-1 as well, whose heads are the same.
+    """
+    if "speculators_model_type" in config:
+        return SPECULATORS.get(str(config["speculators_model_type"]))
+    if FC not in names or MODEL_EMBEDDING in names:
+        return None
+    return "eagle3" if any(name.startswith(EAGLE3_PREFIX) for name in names) else "eagle2"

@@ -21,17 +21,22 @@ from quant.scheme import Scheme
 class Family:
     """Checkpoint folders that belong together: a model, its draft heads, a smaller family.
 
-    heads: by the name of the method that uses them, such as `eagle2`.
+    heads: by the name of the method that uses them, such as `eagle2`. key: of the configuration,
+    for messages.
     """
 
     target: Path
     heads: Mapping[str, Path] = field(default_factory=dict)
     small: "Family | None" = None
+    key: str = "model"
 
     def head(self, name: str) -> Path:
         """Folder of a draft head, or ValueError where the family has none."""
         if name not in self.heads:
-            raise ValueError(f"{self.target} must have an {name} head, got {sorted(self.heads)}")
+            raise ValueError(
+                f"{self.target} must have an {name} head, given by {self.key}.heads.{name}, got "
+                f"{sorted(self.heads)}"
+            )
         return self.heads[name]
 
     def smaller(self) -> "Family":

@@ -185,7 +185,19 @@ def test_a_cell_that_is_moved_aside_is_said_to_be(
     run(tmp_path, arm(tmp_path, "a"))
     capfd.readouterr()
     run(tmp_path, arm(tmp_path, "a", config_hash="2"))
-    assert capfd.readouterr().err == (
-        "a: measured with other settings, moved aside to "
-        f"{tmp_path / 'results' / '.stale' / 'c' / 'a.1'}\n"
-    )
+    aside = tmp_path / "results" / ".stale" / "c" / "a.1"
+    told = capfd.readouterr().err.splitlines()
+    assert f"a: measured with other settings, moved aside to {aside}" in told
+
+
+def test_off_a_terminal_a_block_and_each_of_its_arms_say_that_they_start(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, arm(tmp_path, "vanilla"))
+    capfd.readouterr()
+    run(tmp_path, *(arm(tmp_path, name) for name in ("vanilla", "eagle2", "chain")))
+    assert capfd.readouterr().err.splitlines() == [
+        "b: loads its target for eagle2, chain",
+        "b: eagle2 starts",
+        "b: chain starts",
+    ]

@@ -57,6 +57,17 @@ def test_a_calibration_line_without_a_text_is_named(
         Loader(config)
 
 
+def test_calibration_text_of_tokens_that_the_model_lacks_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "abc"}\n', encoding="utf-8")
+    world = write_world(tmp_path)
+    write_tokenizer(tmp_path / "target", ids_from=90)
+    config = parse(resolve(composed(*world, "quant=w8a8_smooth", f"model.calibration={path}")))
+    told = f"^{tmp_path / 'target'}: the tokenizer must give ids below vocab_size=96 .*, got 156$"
+    with pytest.raises(ValueError, match=told):
+        Loader(config)
+
+
 LINES: dict[str, Callable[[bytes], bytes]] = {
     "cut in two": lambda line: line[:5],
     "zeros": lambda line: ZEROS,

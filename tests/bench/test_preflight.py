@@ -157,3 +157,9 @@ def test_a_run_notes_a_heads_position_limit(world: list[str], tmp_path: Path) ->
     planner.blocks()
     (note,) = planner.notes
     assert "max_position_embeddings is 18, the task reaches 19 tokens" in note
+
+
+def test_a_target_that_is_only_called_the_labs_is_told(check: Check) -> None:
+    _, lines = check()
+    told = "weights: lab (but nothing shows that the target is the lab's), acceptance measured"
+    assert any(line.endswith(told) for line in lines)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench import page, terminal
+from bench.caveats import warnings
 from bench.cost_table import cost_rows
 from bench.report import FORMATS, Tables, sections, tables, write
 from bench.results import load
@@ -261,3 +262,13 @@ def test_notebook_runs_on_a_campaign(root: Path, monkeypatch: pytest.MonkeyPatch
     names: dict[str, object] = {}
     for cell in code:
         exec("".join(cell["source"]), names)  # noqa: S102 (our own notebook)
+
+
+def test_targets_that_are_only_called_the_labs_are_told_in_one_line(tmp_path: Path) -> None:
+    write_cell(tmp_path / "own", CELL, [])
+    write_cell(tmp_path / "other", replace(CELL, folder="mine", foreign=True), [])
+    told = [line for line in warnings(load(tmp_path), []) if "lab weights" in line]
+    assert told == [
+        "Called lab weights, but neither below models/lab nor recorded as quantised from there: "
+        "mine."
+    ]

@@ -389,7 +389,7 @@ def test_ctrl_c_ends_the_child(tmp_path: Path, door: Door, monkeypatch: pytest.M
     monkeypatch.setattr(run, "CHILD", "tests.bench.fake_child")
     world = write_world(tmp_path)
     code, _, err = door(*world)
-    assert (code, err) == (130, "interrupted; the same command goes on from here\n")
+    assert (code, err.splitlines()[-1]) == (130, "interrupted; the same command goes on from here")
     runs = results(world) / "lab.dense.vanilla.lab" / "runs"
     assert not is_running(int(runs.read_text(encoding="ascii")))
 

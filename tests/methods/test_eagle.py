@@ -186,9 +186,13 @@ def test_a_head_of_another_vocabulary_is_refused(
 
 
 def test_a_family_without_the_head_is_told_which_it_has(family: Family) -> None:
-    with pytest.raises(ValueError, match="must have an eagle3 head, got \\['eagle2'\\]"):
+    own = {"eagle2": family.head("eagle2")}
+    told = r"must have an eagle3 head, given by {}\.heads\.eagle3, got \['eagle2'\]"
+    with pytest.raises(ValueError, match=told.format("model")):
+        Eagle3(depth=1, top_k=1, nodes=2).check(Family(target=family.target, heads=own))
+    with pytest.raises(ValueError, match=told.format("model.small")):
         Eagle3(depth=1, top_k=1, nodes=2).check(
-            Family(target=family.target, heads={"eagle2": family.head("eagle2")})
+            Family(target=family.target, heads=own, key="model.small")
         )
 
 

@@ -2,6 +2,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from methods.checkpoint import check_transformer
 from methods.eagle2 import Eagle2
 from methods.eagle3 import Eagle3
 from methods.recipe import Family
@@ -361,3 +363,29 @@ def _speculators(head: Published, **changes: object) -> Published:
     config = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(json.dumps(config), encoding="utf-8")
     return head
+
+
+@pytest.mark.parametrize("write", [write_pickle, write_speculators])
+@pytest.mark.parametrize("make", [partial(eagle2, bias=False), eagle3])
+def test_a_head_in_the_place_of_a_model_is_told_to_be_one(
+    tmp_path: Path, make: Callable[[Path], Published], write: Callable[[Published], Published]
+) -> None:
+    head = write(make(tmp_path))
+    key = "model.heads.eagle3" if head.eagle3 else "model.heads.eagle2"
+    with pytest.raises(ValueError, match=f"must be a whole model, got a draft head, which {key} "):
+        check_transformer(head.folder)
+
+
+@pytest.mark.parametrize("write", [write_pickle, write_safetensors])
+@pytest.mark.parametrize("make", [partial(eagle2, bias=False), eagle3])
+def test_a_head_of_the_other_method_is_told_to_be_one(
+    tmp_path: Path, make: Callable[[Path], Published], write: Callable[[Published], Published]
+) -> None:
+    head = write(make(tmp_path))
+    found, asked = ("eagle3", "eagle2") if head.eagle3 else ("eagle2", "eagle3")
+    kind = Eagle2 if head.eagle3 else Eagle3
+    message = f"must hold a head of {asked}, got one of {found}, which model.heads.{found} takes"
+    with pytest.raises(ValueError, match=message):
+        kind(depth=2, top_k=2, nodes=4).check(
+            Family(target=head.target, heads={asked: head.folder})
+        )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from bench import run
+from bench.check import is_foreign
+from bench.config import parse, resolve
 from bench.shards import UNFINISHED
 from methods.checkpoint import check_transformer, load_transformer, stored_in
 from methods.weights import INDEX, read_config
@@ -23,7 +26,7 @@ def test_the_folder_is_read_by_quant_checkpoint(
 ) -> None:
     code, told, _ = door(*world, f"out={tmp_path / 'out'}")
     assert code == 0
-    assert "perplexity" in told
+    assert re.search(r"^perplexity \S+, dense \S+ \(\d+ tokens of task=perplexity\)$", told, re.M)
     out = tmp_path / "out"
     check_transformer(out)
     assert stored_in(out, AsStored(), AsStored()).label == "w4a16-g32+gptq"
@@ -60,6 +63,18 @@ def test_the_end_names_the_command_that_runs_the_folder(
     assert {f"model.target={out}", "quant=checkpoint", "method=eagle2"} <= set(words)
     assert not any(word == f"model.target={folder_of(world)}" for word in words)
     composed(*words[2:])
+
+
+@pytest.mark.parametrize("lacking", ["heads", "all"])
+def test_the_end_names_a_method_whose_models_fit(
+    world: list[str], tmp_path: Path, door: Door, lacking: str
+) -> None:
+    lab = [o for o in world if not o.startswith(("model.heads.", "model.small."))]
+    # The lab's own heads, and its smaller model, are of another width and vocabulary.
+    small = [o for o in world if o.startswith("model.small.")] if lacking == "heads" else []
+    _, told, _ = door(*lab, *small, "quantizer=nearest", "quality=null", f"out={tmp_path / 'out'}")
+    expected = {"heads": "chain", "all": "vanilla"}[lacking]
+    assert f"method={expected}" in shlex.split(told.splitlines()[-1])
 
 
 def test_a_column_that_holds_nothing_is_left_out(
@@ -141,3 +156,18 @@ def test_dense_weights_beside_the_layers_are_kept_as_they_are(
     for name, tensor in plain.items():
         if not name.endswith("_proj.weight"):
             assert torch.equal(load_file(out / index[name])[name], tensor)
+
+
+def test_only_what_was_quantised_from_the_lab_is_the_labs(
+    world: list[str], tmp_path: Path, door: Door
+) -> None:
+    texts = [o for o in world if not o.startswith("model.")]
+    words = ["quantizer=nearest", "quality=null"]
+    door(*texts, *words, f"out={tmp_path / 'lab'}")
+    door(*world, *words, f"out={tmp_path / 'other'}")
+    found = {
+        name: is_foreign(parse(resolve(composed(f"model.target={tmp_path / name}"))))
+        for name in ("lab", "other", "target")
+    }
+    assert found == {"lab": False, "other": True, "target": True}
+    assert not is_foreign(parse(resolve(composed())))
