@@ -153,11 +153,7 @@ def _move_aside(folder: Path, block: Block) -> Path:
 
 
 def _job_of(arm: Arm) -> ArmJob:
-    return ArmJob(
-        folder=str(arm.folder.resolve()),
-        label=_label(arm),
-        config=arm.config,
-    )
+    return ArmJob(folder=str(arm.folder.resolve()), label=_label(arm), config=arm.config)
 
 
 def _label(arm: Arm) -> str:

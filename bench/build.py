@@ -116,9 +116,8 @@ def _checked(kind: type, values: dict[str, Any], key: str) -> dict[str, Any]:
     """Give the values in the types of the dataclass's fields."""
     hints = get_type_hints(kind)
     for name, value in values.items():
-        if isinstance(value, str | int | float) and _is_list(
-            hints[name]
-        ):  # OmegaConf's words name it not
+        # OmegaConf's own words do not name the key.
+        if isinstance(value, str | int | float) and _is_list(hints[name]):
             raise ValueError(_at(key, name, f"must be a list, such as [{value}], got {value!r}"))
     schema = make_dataclass(
         kind.__name__, [(name, hints[name], field(default=MISSING)) for name in values]

@@ -70,9 +70,7 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
     for job, config in zip(jobs, configs, strict=True):
         child.announce(job, "building")
         with child.charged([job], building=True):
-            listed = config.draft_vocab.facts(config.model.family.target)
-            now = loader.context(child.job.argv, draft_vocab=listed)
-            write_context(Path(job.folder), now)
+            write_context(Path(job.folder), loader.context(child.job.argv, config))
             method = loader.method(config)
             whole = whole_prompts(Path(job.folder, RECORDS), prompts)
             arms.append(Arm(job=job, config=config, method=method, whole=whole))

@@ -59,11 +59,11 @@ def check_random(config: Config) -> None:
         )
 
 
-def is_foreign(config: Config) -> bool:
+def is_foreign(config: Config, hashes: WeightHashes | None = None) -> bool:
     """Tell whether weights are called the lab's that nothing shows to be.
 
     The lab's lie below models/lab, or config.json tells that `specquant quantize` made them of
-    those.
+    those. hashes: that may know files already.
     """
     folder, lab = config.model.family.target.resolve(), (ROOT / "models" / LAB).resolve()
     if config.model.weights != LAB or folder.is_relative_to(lab):
@@ -71,7 +71,7 @@ def is_foreign(config: Config) -> bool:
     told = read_config(folder)
     notes = (told.get("quantization_config"), told.get("specquant"))
     source = next((n["source"] for n in notes if isinstance(n, dict) and "source" in n), None)
-    hashes = WeightHashes(None)
+    hashes = hashes or WeightHashes(None)
     return source not in [hashes.one(place.parent) for place in lab.glob("*/config.json")]
 
 

@@ -61,9 +61,7 @@ class Child:
 
     def watch(self) -> "Stopwatch":
         """Start to charge this process's time to stages: the command's, then our imports."""
-        from bench.timer import (
-            Stopwatch,
-        )  # torch takes seconds, and not every child has work for it
+        from bench.timer import Stopwatch  # and torch, which not every child has work for
 
         watch = Stopwatch()
         watch.add("command", self.job.command_s)

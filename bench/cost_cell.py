@@ -40,9 +40,7 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
     for job, config in zip(jobs, configs, strict=True):
         child.announce(job, "building")
         with child.charged([job], building=True):
-            listed = config.draft_vocab.facts(config.model.family.target)
-            now = loader.context(child.job.argv, draft_vocab=listed)
-            write_json(Path(job.folder) / CONTEXT, now)
+            write_json(Path(job.folder) / CONTEXT, loader.context(child.job.argv, config))
             own = None if isinstance(config.recipe, Vanilla) else loader.method(config)
             arms.append((job, own))
     watch.mark("building")

@@ -103,7 +103,27 @@ class DraftVocab:
 
         Raises ValueError where the list is not one of the target's vocabulary.
         """
-        size, ranking = self.draft_vocab_size, self.read()
+        return self._ids(self.read(), target)
+
+    def facts(self, target: Path) -> dict[str, Any] | None:
+        """What a cell's context tells of it; None where the vocabulary is whole."""
+        ranking, file = self.read(), self.file
+        ids = self._ids(ranking, target)
+        if ids is None:
+            return None
+        known: dict[str, Any] = {"size": len(ids), "of": read_shape(read_config(target)).vocab_size}
+        if ranking is None or file is None:
+            return known | {"file": None}  # at even distances
+        hashes = WeightHashes(None).of([], [file])
+        return known | {
+            "file": file.name,
+            "sha256": next(iter(hashes.values())),
+            "text": ranking.text,
+            "covers": ranking.covers(len(ids)),
+        }
+
+    def _ids(self, ranking: Ranking | None, target: Path) -> Tensor | None:
+        size = self.draft_vocab_size
         vocab = read_shape(read_config(target)).vocab_size
         if ranking is not None:
             with naming(self.file):
@@ -122,22 +142,6 @@ class DraftVocab:
         if ranking is None:
             return even_ids(size or vocab, vocab)
         return torch.tensor(ranking.ids[:size])
-
-    def facts(self, target: Path) -> dict[str, Any] | None:
-        """What a cell's context tells of it; None where the vocabulary is whole."""
-        ids, ranking, file = self.ids(target), self.read(), self.file
-        if ids is None:
-            return None
-        known: dict[str, Any] = {"size": len(ids), "of": read_shape(read_config(target)).vocab_size}
-        if ranking is None or file is None:
-            return known | {"file": None}  # at even distances
-        hashes = WeightHashes(None).of([], [file])
-        return known | {
-            "file": file.name,
-            "sha256": next(iter(hashes.values())),
-            "text": ranking.text,
-            "covers": ranking.covers(len(ids)),
-        }
 
 
 def parse_draft_vocab(method: Mapping[str, Any]) -> DraftVocab:

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 
-from bench.build import ROOT, build, named_node
 from bench.config import Config
 from bench.machine import check_gpu
-from bench.schemes import DRAFT_LM_HEAD, DRAFT_SCHEME, LM_HEAD
+from bench.schemes import DRAFT_LM_HEAD, DRAFT_SCHEME, LM_HEAD, every_scheme
 from methods.architecture import fused_shapes, read_shape, stacked_shapes
 from methods.checkpoint import quantization_of
 from methods.head_shapes import EMBEDDING
@@ -163,11 +162,10 @@ def _nearest(part: Part) -> str:
             if _holds(other, part.shapes):
                 return f"{part.key}.group_size={size}"
     fitting = []
-    for path in sorted((ROOT / "conf" / "quant").glob("*.yaml")):
-        scheme = build(named_node("quant", path.stem, key="quant"), Scheme, key="quant")  # type: ignore[type-abstract]
+    for name, scheme in every_scheme():
         if not scheme.as_stored and _holds(scheme, part.shapes):
             size = sum(sample(scheme, n, k).weight_bytes for n, k in part.shapes.values())
-            fitting.append((size, path.stem))
+            fitting.append((size, name))
     return f"{part.key}={min(fitting)[1]}"  # dense holds all
 
 

@@ -1,7 +1,7 @@
 """What the arms of a block share, each loaded once: tokenizer, target, smaller models."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,6 @@ class Loader:
             torch.set_num_threads(settings.threads)
         self.model = model
         self._schemes = schemes
-        self._exact = settings.exact
         self._mark = mark
         self.tokenizer = load_tokenizer(model.family.target)
         mark("tokenizer")
@@ -78,16 +77,17 @@ class Loader:
             found[f"{layer.in_features}x{layer.out_features}"].add(layer.kernel)
         return {shape: "+".join(sorted(names)) for shape, names in sorted(found.items())}
 
-    def context(
-        self, argv: Sequence[str], *, draft_vocab: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Describe this process and its machine. Arguments as `bench.context.context`."""
+    def context(self, argv: Sequence[str], config: Config) -> dict[str, Any]:
+        """Describe this process and its machine, for an arm's cell.
+
+        argv: of the command that asked for the work. config: the arm's.
+        """
         return context(
             self.device,
             argv,
             self.kernels,
-            exact=self._exact,
-            draft_vocab=draft_vocab,
+            exact=config.settings.exact,
+            draft_vocab=config.draft_vocab.facts(self.model.family.target),
             copy_tb_per_s=self.copy_tb_per_s,
         )
 

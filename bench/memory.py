@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from bench import gpu
-from bench.build import ROOT, build, named_node
+from bench.build import ROOT, named_node
 from bench.config import Config, parse_model
 from bench.machine import index_of
+from bench.schemes import every_scheme
 from methods.architecture import EMBEDDING, read_shape, stacked_shapes, transformer_shapes
 from methods.checkpoint import quantization_of
 from methods.decode import PREFILL_CHUNK
@@ -143,11 +144,9 @@ def _other_schemes(config: Config, folders: Sequence[Path], need: Need, have: in
         if part == "target" and quantization_of(config.model.family.target) is not None:
             continue  # as it is stored
         fitting: list[tuple[int, str]] = []
-        for path in sorted((ROOT / "conf" / "quant").glob("*.yaml")):
-            node = named_node("quant", path.stem, key="quant")
-            scheme = build(node, Scheme, key="quant")  # type: ignore[type-abstract]
+        for name, scheme in every_scheme():
             other = replace(config, schemes=replace(config.schemes, **{part: scheme}))
-            fitting += _within(other, folders, need.context, have, f"{key}={path.stem}")
+            fitting += _within(other, folders, need.context, have, f"{key}={name}")
         if fitting:
             return _largest(fitting)
     return ""

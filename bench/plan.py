@@ -227,7 +227,7 @@ class Planner:
             weight_hashes=hashes.of(planned.folders, planned.files),
             revisions=self._revisions(planned),
             folder=choice.folder,
-            foreign=check.is_foreign(config),
+            foreign=check.is_foreign(config, hashes),
             target_hash=hashes.one(config.model.family.target),
             stored=config.schemes.target.as_stored,
         )

@@ -34,7 +34,7 @@ def _score(child: Child, job: ArmJob, packages: tuple[str, ...]) -> None:
         if evaluation.kl and (plain := loader.dense(config.reference)) is not loader.target:
             dense = Reader(plain, window=evaluation.window)
         tokens = encode(loader.tokenizer, config.text)[: evaluation.limit]
-        write_context(Path(job.folder), loader.context(child.job.argv))
+        write_context(Path(job.folder), loader.context(child.job.argv, config))
         done = _keep(Path(job.folder, RECORDS))
     left = [w for w in windows(len(tokens), evaluation) if w.number not in done]
     child.announce(job, "scoring")

@@ -169,6 +169,7 @@ def _job(tree: Mapping[str, Any], settings: Settings, quantizer: Quantizer) -> J
     schemes = parse_schemes(tree["quant"], {})
     family = model.family if settings.part == "target" else model.family.smaller()
     shape = check_transformer(family.target)
+    hashes = WeightHashes(None)
     job = Job(
         folder=family.target,
         out=Path(settings.out).expanduser().resolve(),
@@ -181,7 +182,7 @@ def _job(tree: Mapping[str, Any], settings: Settings, quantizer: Quantizer) -> J
         device=torch.device(settings.device),
         seed=settings.seed,
         identity="",
-        notes={"source": WeightHashes(None).one(family.target), "calibration": None},
+        notes={"source": hashes.one(family.target), "calibration": None},
         progress=sys.stderr.isatty(),
     )
     files = []
@@ -195,7 +196,7 @@ def _job(tree: Mapping[str, Any], settings: Settings, quantizer: Quantizer) -> J
         job = replace(job, texts=texts, notes={**job.notes, **_notes(file, texts, settings.seed)})
     identity = {
         "settings": without(tree, "out", "task", "quality", "threads"),
-        "files": WeightHashes(None).of([family.target], files),
+        "files": hashes.of([family.target], files),
         "code": code_hash(["bench.quantize", *sorted(target_modules(tree))]),
     }
     return replace(job, identity=digest(identity))

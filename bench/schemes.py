@@ -1,10 +1,10 @@
 """The scheme of every part of a cell, from the nodes that name them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.build import build, named_node, without
+from bench.build import ROOT, build, named_node, without
 from bench.draft_vocab import DRAFT_VOCAB, DRAFT_VOCAB_SIZE
 from quant.scheme import Scheme
 
@@ -35,6 +35,13 @@ class Schemes:
             draft_lm_head=self.draft_lm_head and self.draft_lm_head.unsearched,
             dense=self.dense,
         )
+
+
+def every_scheme() -> Iterator[tuple[str, Scheme]]:
+    """Give each file of conf/quant by its name."""
+    for path in sorted((ROOT / "conf" / "quant").glob("*.yaml")):
+        node = named_node("quant", path.stem, key="quant")
+        yield path.stem, build(node, Scheme, key="quant")  # type: ignore[type-abstract]
 
 
 def parse_schemes(quant: Mapping[str, Any], method: Mapping[str, Any]) -> Schemes:
