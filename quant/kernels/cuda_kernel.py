@@ -5,18 +5,17 @@ prompt's long chunks are opened to x's dtype and multiplied by cuBLAS.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quant.kernels import cuda_build
-from quant.kernels import w4a16_hopper as product
+from quant.kernels import w4a16_hopper as kernel
 from quant.kernels.exact import Tiles
-from quant.kernels.kernel import Kernel, KernelLinear
+from quant.kernels.int4 import DTYPES, Int4Linear, Stored
+from quant.kernels.kernel import Kernel
 from quant.scheme import QuantLinear
 from quant.weight_only import WeightOnlyLinear
 
 CAPABILITY = (9, 0)  # its instructions are Hopper's
-DTYPES = (torch.float16, torch.bfloat16)
 MOST_TOKENS = 128  # two launches; wider reads are a prefill's, bound by arithmetic
 
 
@@ -43,7 +42,7 @@ class CudaKernel(Kernel):
         if dtype not in DTYPES:
             return self.told("dtype=float16 or bfloat16", dtype)
         n, k = layer.out_features, layer.in_features
-        needed, got = product.unfit(n, k, k // layer.scales.shape[1])
+        needed, got = kernel.unfit(n, k, k // layer.scales.shape[1])
         return self.told(needed, got) if needed else ""
 
     def inexact(self, layer: QuantLinear, dtype: torch.dtype) -> str:
@@ -57,44 +56,31 @@ class CudaKernel(Kernel):
         """
         assert isinstance(layer, WeightOnlyLinear)
         fitted = CudaInt4(layer, dtype)
-        return Tiles(fitted, dtype, rows=MOST_TOKENS, padded=False) if exact else fitted
+        return Tiles(fitted, dtype, rows=fitted.most_tokens, padded=False) if exact else fitted
 
 
-class CudaInt4(KernelLinear):
+class CudaInt4(Int4Linear):
     """4-bit weights in the kernel's own order."""
 
-    words: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    order: Tensor | None
+    most_tokens = MOST_TOKENS
 
     def __init__(self, layer: WeightOnlyLinear, dtype: torch.dtype) -> None:
         super().__init__(layer, kernel=CudaKernel.name, dtype=dtype)
-        prepared = product.prepare(layer.packed, layer.scales, layer.zeros)
-        product.build(prepared, dtype)
+        prepared = kernel.prepare(layer.packed, layer.scales, layer.zeros)
+        kernel.build(prepared, dtype)
         self._group = prepared.group
-        self.register_buffer("words", prepared.words)
-        self.register_buffer("scales", prepared.scales)
-        self.register_buffer("zeros", prepared.zeros)
-        self.register_buffer("order", layer.order)
+        self.hold(prepared.words, prepared.scales, prepared.zeros, layer.order)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Multiply. x: [n, K] -> [n, N]."""
-        x = x if self.order is None else x.index_select(-1, self.order)
-        if len(x) > MOST_TOKENS:
-            return F.linear(x, self._opened(None).opened(self.dtype))
-        return product.matmul(x, self._prepared())
+    def product(self, x: Tensor) -> Tensor:
+        """Multiply by the kernel. x: [n, K] -> [n, N]."""
+        return kernel.matmul(x, self._prepared())
 
-    def reference(self) -> QuantLinear:
-        """Unpack."""
-        return self._opened(self.order)
+    def restored(self) -> Stored:
+        """Undo the layout, bit for bit."""
+        return kernel.restore(self._prepared())
 
-    def _opened(self, order: Tensor | None) -> WeightOnlyLinear:
-        packed, scales, zeros = product.restore(self._prepared())
-        return WeightOnlyLinear(packed, scales, zeros, order, bits=4)
-
-    def _prepared(self) -> product.Prepared:
-        return product.Prepared(
+    def _prepared(self) -> kernel.Prepared:
+        return kernel.Prepared(
             words=self.words,
             scales=self.scales,
             zeros=self.zeros,

@@ -12,10 +12,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quant.kernels.exact import Tiles
+from quant.kernels.int4 import DTYPES, Int4Linear, Stored
 from quant.kernels.kernel import Kernel, KernelLinear
 from quant.kernels.torch_kernels import TorchInt8
 from quant.scheme import QuantLinear
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from quant.kernels.w4a16_triton import Prepared
 
 CAPABILITY = (9, 0)  # its instructions are Hopper's
-DTYPES = (torch.float16, torch.bfloat16)
 ROWS, COLUMNS = 64, 256  # multiples of N and K
 GROUPS = (64, 128)  # or a multiple of COLUMNS
 
@@ -72,53 +71,42 @@ class TritonKernel(Kernel):
         """Lay a layer out; an exact one reads a prompt by this kernel too."""
         if isinstance(layer, W8A8Linear):
             return TritonInt8(layer, dtype)
-        from quant.kernels import w4a16_triton as kernel
-
         assert isinstance(layer, WeightOnlyLinear)
         fitted = TritonInt4(layer, dtype)
-        if not exact:
-            return fitted
-        return Tiles(fitted, dtype, rows=kernel.MAX_TOKENS, padded=False)
+        return Tiles(fitted, dtype, rows=fitted.most_tokens, padded=False) if exact else fitted
 
 
-class TritonInt4(KernelLinear):
+class TritonInt4(Int4Linear):
     """4-bit weights in the kernel's own order."""
 
-    words: Tensor
-    scales: Tensor
-    zeros: Tensor | None
     counters: Tensor
-    order: Tensor | None
 
     def __init__(self, layer: WeightOnlyLinear, dtype: torch.dtype) -> None:
         from quant.kernels import w4a16_triton as kernel
 
         super().__init__(layer, kernel=TritonKernel.name, dtype=dtype)
         prepared = kernel.prepare(layer.packed, layer.scales, layer.zeros)
-        self.register_buffer("words", prepared.words)
-        self.register_buffer("scales", prepared.scales)
-        self.register_buffer("zeros", prepared.zeros)
+        self.hold(prepared.words, prepared.scales, prepared.zeros, layer.order)
         self.register_buffer("counters", prepared.counters)
-        self.register_buffer("order", layer.order)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Multiply. x: [n, K] -> [n, N]."""
+    @property
+    def most_tokens(self) -> int:
+        """Two tiles of tokens."""
         from quant.kernels import w4a16_triton as kernel
 
-        x = x if self.order is None else x.index_select(-1, self.order)
-        if len(x) > kernel.MAX_TOKENS:
-            return F.linear(x, self._opened(None).opened(self.dtype))
+        return kernel.MAX_TOKENS
+
+    def product(self, x: Tensor) -> Tensor:
+        """Multiply by the kernel. x: [n, K] -> [n, N]."""
+        from quant.kernels import w4a16_triton as kernel
+
         return kernel.matmul(x, self._prepared())
 
-    def reference(self) -> QuantLinear:
-        """Unpack."""
-        return self._opened(self.order)
-
-    def _opened(self, order: Tensor | None) -> WeightOnlyLinear:
+    def restored(self) -> Stored:
+        """Undo the layout, bit for bit."""
         from quant.kernels import w4a16_triton as kernel
 
-        packed, scales, zeros = kernel.restore(self._prepared())
-        return WeightOnlyLinear(packed, scales, zeros, order, bits=4)
+        return kernel.restore(self._prepared())
 
     def _prepared(self) -> "Prepared":
         from quant.kernels.w4a16_triton import Prepared

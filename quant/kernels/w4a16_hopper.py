@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import cuda_build
+from quant.kernels.int4 import MIDDLE, exact_product, require_prepared, require_rows
 from quant.pack import pack_nibbles, unpack_nibbles
 
 ROWS, CHUNK = 256, 128  # of a block, of a stage
@@ -35,7 +36,6 @@ PAIR = 2 * ROWS  # outputs of a cluster of two
 CONSUMERS = 256  # threads that multiply
 THREADS = CONSUMERS + 128  # and a warpgroup, one thread of which copies
 NARROWEST, WIDEST = 8, 64  # tokens of a launch; more are several launches
-MIDDLE = 8  # code that stands for 0 where no zeros are stored
 SHARED_BYTES = 200 * 1024  # of the 227 KiB a block may have; the rest is for its neighbours
 STAGE_ALIGNMENT = 1024
 MOST_BLOCKS = 1 << 16  # of 256 outputs
@@ -161,10 +161,7 @@ def unfit(n: int, k: int, group: int) -> tuple[str, str]:
 
 def reference(x: Tensor, weight: Prepared) -> Tensor:
     """Give the exact product, from the prepared tensors. x: [n, K] -> [n, N] float64."""
-    packed, scales, zeros = restore(weight)
-    steps = unpack_nibbles(packed).view(*scales.shape, -1).double()
-    steps -= MIDDLE if zeros is None else zeros.double().unsqueeze(-1)
-    return x.double() @ (steps * scales.double().unsqueeze(-1)).flatten(1).t()
+    return exact_product(x, *restore(weight))
 
 
 def matmul(x: Tensor, weight: Prepared) -> Tensor:
@@ -283,18 +280,5 @@ def _groups(steps: Tensor, n: int, groups: int) -> Tensor:
 
 
 def _require(x: Tensor, weight: Prepared) -> None:
-    k = weight.shape[1]
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"x must be float16 or bfloat16, got {x.dtype}")
-    if x.dim() != 2 or x.shape[1] != k or not len(x):
-        raise ValueError(f"x must be [n, {k}] with n of 1 or more, got {list(x.shape)}")
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        raise ValueError(
-            f"x must have rows that are contiguous and aligned to 16 bytes, "
-            f"got strides {x.stride()} at offset {x.storage_offset()}"
-        )
-    for tensor in (weight.words, weight.scales, weight.zeros):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"weight must be on x's device {x.device}, got {tensor.device}")
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"weight must be contiguous as prepared, got {tensor.stride()}")
+    require_rows(x, weight.shape[1])
+    require_prepared(x, (weight.words, weight.scales, weight.zeros))

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.kernels.int4 import MIDDLE, exact_product, require_prepared, require_rows
 from quant.pack import pack_nibbles, unpack_nibbles
 
 CHUNK = 256  # inputs per step; their words fill rows of 128 bytes
@@ -34,7 +35,6 @@ MAX_TOKENS = 128  # two tiles of tokens; wider reads are a prefill's, bound by a
 MIN_PROGRAMS = 396  # K is split until there are three for each of an H200's 132 multiprocessors
 MAX_SPLITS = 8
 NARROWEST, WIDEST = 16, 64  # tokens of a tile
-MIDDLE = 8  # code that stands for 0 where no zeros are stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,29 +139,12 @@ def matmul(x: Tensor, weight: Prepared) -> Tensor:
 
 def reference(x: Tensor, weight: Prepared) -> Tensor:
     """Give the exact product, from the prepared tensors. x: [n, K] -> [n, N] float64."""
-    packed, scales, zeros = restore(weight)
-    steps = unpack_nibbles(packed).view(*scales.shape, -1).double()
-    steps -= MIDDLE if zeros is None else zeros.double().unsqueeze(-1)
-    return x.double() @ (steps * scales.double().unsqueeze(-1)).flatten(1).t()
+    return exact_product(x, *restore(weight))
 
 
 def _require(x: Tensor, weight: Prepared) -> None:
-    k = weight.words.shape[0] * CHUNK
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"x must be float16 or bfloat16, got {x.dtype}")
-    if x.dim() != 2 or x.shape[1] != k or not 1 <= x.shape[0] <= MAX_TOKENS:
-        raise ValueError(f"x must be [n, {k}] with n of 1 ... {MAX_TOKENS}, got {list(x.shape)}")
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        raise ValueError(
-            f"x must have rows that are contiguous and aligned to 16 bytes, "
-            f"got strides {x.stride()} at offset {x.storage_offset()}"
-        )
-    tensors = (weight.words, weight.scales, weight.zeros, weight.counters)
-    for tensor in tensors:
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"weight must be on x's device {x.device}, got {tensor.device}")
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"weight must be contiguous as prepared, got {tensor.stride()}")
+    require_rows(x, weight.words.shape[0] * CHUNK, most=MAX_TOKENS)
+    require_prepared(x, (weight.words, weight.scales, weight.zeros, weight.counters))
     if weight.words.dtype != torch.int16 or weight.counters.dtype != torch.int32:
         raise ValueError(
             f"words and counters must be int16 and int32 as prepared, "
