@@ -14,7 +14,14 @@ PACKAGES = ("bench", "methods", "quant")
 # Modules of quant/ that know no scheme: what one is, and what is done to any.
 SCHEME_FREE = (
     *("scheme", "stacked", "rounding", "gptq", "rotate", "grid"),
-    *("kernels.kernel", "kernels.choice", "kernels.exact", "kernels.machine", "kernels.table"),
+    *(
+        "kernels.kernel",
+        "kernels.choice",
+        "kernels.early",
+        "kernels.exact",
+        "kernels.machine",
+        "kernels.table",
+    ),
     *("kernels", "kernels.triton_cache"),
 )
 MAX_FILE, MAX_KERNEL, MAX_FUNCTION = 300, 400, 60

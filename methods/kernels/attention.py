@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.kernels.early import admit, await_earlier, early
+
 SPLIT = tl.constexpr(256)
 STEP = tl.constexpr(64)
 ROWS = tl.constexpr(64)
@@ -122,8 +124,11 @@ def _partials(
     PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One split of one tile."""
+    admit(EARLY)
+    await_earlier(EARLY)
     shared: tl.constexpr = HEADS // GROUPS
     base = tl.load(base_at).to(tl.int32)
     node, group, start, end, first, rows = _task(
@@ -131,7 +136,6 @@ def _partials(
     )
     if start >= end:
         return
-
     row = first + tl.arange(0, ROWS)
     real = row < rows
     place = row // shared * HEADS + group * shared + row % shared
@@ -174,8 +178,11 @@ def _combine(
     DIM: tl.constexpr,
     DEPTH: tl.constexpr,
     PADDED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Add the splits of one node and head in order of position."""
+    admit(EARLY)
+    await_earlier(EARLY)
     row = tl.program_id(0)
     length = _length(ancestors, row // HEADS, scratch, DEPTH, PADDED)
     count = (tl.load(base_at).to(tl.int32) + length - 1) // SPLIT + 1
@@ -225,6 +232,7 @@ def attend(
     path = queries if ancestors is None else ancestors  # not read where none is given
     padded = triton.next_power_of_2(depth or 1)
     sizes = {"HEADS": heads, "DIM": dim, "DEPTH": depth, "PADDED": padded}
+    sizes |= early(queries.device)
     _partials[(own_programs + splits * tiles * groups,)](
         queries,
         cache,

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.kernels.early import admit, await_earlier, early
+
 BLOCK = tl.constexpr(2048)
 
 
@@ -29,8 +31,10 @@ def _unpack(packed):
 
 
 @triton.jit
-def _block_best(logits, packs, tops, totals, V: tl.constexpr, K: tl.constexpr):
+def _block_best(logits, packs, tops, totals, V: tl.constexpr, K: tl.constexpr, EARLY: tl.constexpr):
     """The K best of one block, in order, and its share of the softmax's denominator."""
+    admit(EARLY)
+    await_earlier(EARLY)
     row = tl.program_id(0)
     block = tl.program_id(1)
     index = block * BLOCK + tl.arange(0, BLOCK)
@@ -61,8 +65,11 @@ def _row_best(
     PADDED: tl.constexpr,
     CANDIDATES: tl.constexpr,
     K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The K best of one row's candidates, and their log-probabilities."""
+    admit(EARLY)
+    await_earlier(EARLY)
     row = tl.program_id(0)
     block = tl.arange(0, PADDED)
     at = row * BLOCKS + block
@@ -89,7 +96,10 @@ def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     packs = torch.empty(rows, blocks, k, dtype=torch.int64, device=logits.device)
     tops = torch.empty(rows, blocks, dtype=torch.float32, device=logits.device)
     totals = torch.empty_like(tops)
-    _block_best[(rows, blocks)](logits, packs, tops, totals, V=vocabulary, K=k, num_warps=4)
+    keywords = early(logits.device)
+    _block_best[(rows, blocks)](
+        logits, packs, tops, totals, V=vocabulary, K=k, num_warps=4, **keywords
+    )
     logprobs = torch.empty(rows, k, dtype=torch.float32, device=logits.device)
     ids = torch.empty(rows, k, dtype=torch.int64, device=logits.device)
     _row_best[(rows,)](
@@ -103,6 +113,7 @@ def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         CANDIDATES=triton.next_power_of_2(blocks * k),
         K=k,
         num_warps=4,
+        **keywords,
     )
     return logprobs, ids
 

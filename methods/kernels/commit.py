@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.kernels.early import admit, await_earlier, early
+
 # Slots that are read before any of them is written.
 BATCH = tl.constexpr(16)
 
@@ -24,12 +26,15 @@ def _commit(
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One head's keys or values of one layer.
 
     Nodes increase and never stand before their place, so that a batch never overwrites what a
     later one reads; within a batch the barrier parts reads from writes.
     """
+    admit(EARLY)
+    await_earlier(EARLY)
     program = tl.program_id(0).to(tl.int64)
     layer = program // (2 * GROUPS)
     kind = program // GROUPS % 2
@@ -62,4 +67,5 @@ def commit(caches: Tensor, base: Tensor, nodes: Tensor, count: Tensor) -> None:
         DIM=dim,
         PADDED=triton.next_power_of_2(dim),
         num_warps=2,
+        **early(caches.device),
     )

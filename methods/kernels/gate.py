@@ -5,12 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.kernels.early import admit, await_earlier, early
+
 BLOCK = tl.constexpr(1024)
 
 
 @triton.jit
-def _silu_mul(gate_up, out, WIDTH: tl.constexpr):
+def _silu_mul(gate_up, out, WIDTH: tl.constexpr, EARLY: tl.constexpr):
     """BLOCK columns of one token, rounded between the two steps, as torch rounds."""
+    admit(EARLY)
+    await_earlier(EARLY)
     dtype = out.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -27,6 +31,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     n, both = gate_up.shape
     out = torch.empty(n, both // 2, dtype=gate_up.dtype, device=gate_up.device)
     _silu_mul[(n, triton.cdiv(both // 2, BLOCK.value))](
-        gate_up, out, WIDTH=both // 2, enable_fp_fusion=False
+        gate_up, out, WIDTH=both // 2, enable_fp_fusion=False, **early(out.device)
     )
     return out

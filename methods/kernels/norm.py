@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant.grid import INT8_MAX, Tokens
+from quant.kernels.early import admit, await_earlier, early
 
 # 1.5 * 2**23: a float32 below 2**22 added to it and taken off is rounded to whole, ties to even.
 WHOLE = tl.constexpr(12582912.0)
@@ -28,12 +29,16 @@ def _add_norm(
     BLOCK: tl.constexpr,
     ADDED: tl.constexpr,
     HIGHEST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One token. HIGHEST: the largest code of a rounded result, 0 where it is not rounded."""
-    dtype = x.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64) * WIDTH
+    admit(EARLY)
     column = tl.arange(0, BLOCK)
     real = column < WIDTH
+    factor = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
+    await_earlier(EARLY)
+    dtype = x.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * WIDTH
     value = tl.load(x + row + column, mask=real, other=0.0).to(tl.float32)
     if ADDED:
         value += tl.load(residual + row + column, mask=real, other=0.0).to(tl.float32)
@@ -42,7 +47,6 @@ def _add_norm(
         value = value.to(tl.float32)
     square = tl.sum(value * value, axis=0) / WIDTH
     rate = tl.div_rn(1.0, tl.sqrt_rn(square + eps))
-    factor = tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
     value = (value * rate * factor).to(dtype)
     if HIGHEST > 0:
         value = value.to(tl.float32)
@@ -99,5 +103,6 @@ def _launch(
         HIGHEST=highest,
         enable_fp_fusion=False,
         num_warps=min(16, max(1, block // 512)),
+        **early(x.device),
     )
     return summed

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.kernels.early import admit, await_earlier, early
+
 # Heads that one program turns.
 BATCH = tl.constexpr(8)
 
@@ -33,27 +35,30 @@ def _rope_write(
     DIM: tl.constexpr,
     BIASED: tl.constexpr,
     NORMED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """BATCH heads of one token, each as its low and high half, rounded where torch rounds."""
+    admit(EARLY)
     half: tl.constexpr = DIM // 2
-    dtype = qkv.dtype.element_ty
-    token = tl.program_id(0)
     head = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     lane = tl.arange(0, half)
     within = head[:, None] * DIM + lane[None, :]
     real = (head < HEADS + 2 * GROUPS)[:, None]
     turning = (head < HEADS + GROUPS)[:, None]
-    at = token.to(tl.int64) * (HEADS + 2 * GROUPS) * DIM + within
-    low = tl.load(qkv + at, mask=real, other=0.0).to(tl.float32)
-    high = tl.load(qkv + at + half, mask=real, other=0.0).to(tl.float32)
     if BIASED:
-        low_bias = tl.load(bias + within, mask=real, other=0.0).to(tl.float32)
-        high_bias = tl.load(bias + within + half, mask=real, other=0.0).to(tl.float32)
+        low_bias, high_bias = _halves(bias + within, real, DIM)
+    if NORMED:
+        low_weight, high_weight = _halves(norm + within, turning, DIM)
+    await_earlier(EARLY)
+    dtype = qkv.dtype.element_ty
+    token = tl.program_id(0)
+    low, high = _halves(qkv + token.to(tl.int64) * (HEADS + 2 * GROUPS) * DIM + within, real, DIM)
+    if BIASED:
         low = (low + low_bias).to(dtype).to(tl.float32)
         high = (high + high_bias).to(dtype).to(tl.float32)
     straight_low, straight_high = low, high  # values are not turned
     if NORMED:
-        low, high = _norm(low, high, norm + within, turning, eps, dtype, DIM)
+        low, high = _norm(low, high, low_weight, high_weight, eps, dtype, DIM)
     angle = tl.load(positions + token) * DIM + lane[None, :]
     turned_low, turned_high = _turn(low, high, cos + angle, sin + angle, dtype, DIM)
     low = tl.where(turning, turned_low, straight_low)
@@ -73,11 +78,16 @@ def _rope_write(
 
 
 @triton.jit
-def _norm(low, high, weight, turning, eps, dtype: tl.constexpr, DIM: tl.constexpr):
+def _halves(low, mask, DIM: tl.constexpr):
+    """Load the low and the high half of each head in float32."""
+    high = tl.load(low + DIM // 2, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(low, mask=mask, other=0.0).to(tl.float32), high
+
+
+@triton.jit
+def _norm(low, high, low_weight, high_weight, eps, dtype: tl.constexpr, DIM: tl.constexpr):
     """Norm each head, round, then weigh and round again, as `HeadNorm` does."""
     rate = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(low * low + high * high, axis=1) / DIM + eps))
-    low_weight = tl.load(weight, mask=turning, other=0.0).to(tl.float32)
-    high_weight = tl.load(weight + DIM // 2, mask=turning, other=0.0).to(tl.float32)
     low = (low * rate[:, None]).to(dtype).to(tl.float32) * low_weight
     high = (high * rate[:, None]).to(dtype).to(tl.float32) * high_weight
     return low.to(dtype).to(tl.float32), high.to(dtype).to(tl.float32)
@@ -133,5 +143,6 @@ def rope_write(
         num_warps=2,
         # Else the compiler narrows both products to the dtype and fuses one into their sum.
         enable_fp_fusion=False,
+        **early(qkv.device),
     )
     return queries

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.kernels.early import admit, await_earlier, early
+
 
 @triton.jit
 def _ancestry(
@@ -19,8 +21,11 @@ def _ancestry(
     LEVELS: tl.constexpr,
     PADDED_NODES: tl.constexpr,
     PADDED_LEVELS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Walk up from one node twice: for its depth, then to put each ancestor at its own."""
+    admit(EARLY)
+    await_earlier(EARLY)
     start = tl.program_id(0)
     column = tl.arange(0, PADDED_NODES)
     seen = column < 0
@@ -43,8 +48,10 @@ def _ancestry(
 
 
 @triton.jit
-def _walk(tokens, parents, picked, path, nodes, PADDED: tl.constexpr):
+def _walk(tokens, parents, picked, path, nodes, PADDED: tl.constexpr, EARLY: tl.constexpr):
     """Step from the root to the child that was picked, while there is one."""
+    admit(EARLY)
+    await_earlier(EARLY)
     child = tl.arange(0, PADDED)
     real = child < nodes
     token = tl.load(tokens + child, mask=real, other=0)
@@ -81,6 +88,7 @@ def ancestry(parents: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
         PADDED_NODES=triton.next_power_of_2(n),
         PADDED_LEVELS=triton.next_power_of_2(levels),
         num_warps=1,
+        **early(parents.device),
     )
     return mask, depths, ancestors
 
@@ -89,5 +97,8 @@ def walk(tokens: Tensor, parents: Tensor, picked: Tensor) -> Tensor:
     """See `methods.fused.walk`."""
     n = len(tokens)
     path = torch.empty(1 + 2 * n, dtype=torch.int64, device=tokens.device)
-    _walk[(1,)](tokens, parents, picked, path, n, PADDED=triton.next_power_of_2(n), num_warps=1)
+    padded = triton.next_power_of_2(n)
+    _walk[(1,)](
+        tokens, parents, picked, path, n, PADDED=padded, num_warps=1, **early(tokens.device)
+    )
     return path

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant.grid import E4M3_MAX, INT8_MAX, Tokens
+from quant.kernels.early import admit, await_earlier, early
 
 TINY = torch.finfo(torch.float32).tiny
 SCALE_ROWS = 4  # what is loaded in bulk wants its rows' scales to fill 16 bytes
@@ -18,13 +19,18 @@ SCALE_ROWS = 4  # what is loaded in bulk wants its rows' scales to fill 16 bytes
 def _round_rows(
     x, smooth, codes, scales, factor, k, highest, tiny,
     has_smooth: tl.constexpr, is_float: tl.constexpr, block: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    admit(EARLY)
     column = tl.arange(0, block)
     inside = column < k
+    if has_smooth:
+        divisor = tl.load(smooth + column, mask=inside, other=1.0)
+    await_earlier(EARLY)
+    row = tl.program_id(0).to(tl.int64)
     values = tl.load(x + row * k + column, mask=inside, other=0.0).to(tl.float32)
     if has_smooth:
-        values = tl.div_rn(values, tl.load(smooth + column, mask=inside, other=1.0))
+        values = tl.div_rn(values, divisor)
     scale = tl.maximum(tl.div_rn(tl.max(tl.abs(values), axis=0), highest), tiny)
     # A maximum passes over NaNs; the reference's does not.
     bad = tl.max((values != values).to(tl.int32), axis=0)
@@ -79,5 +85,6 @@ def round_rows(
         is_float=is_float,
         block=block,
         num_warps=min(16, max(4, block // 1024)),
+        **early(x.device),
     )
     return Tokens(rounded, scales)

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.kernels.early import admit, await_earlier, early
 from quant.kernels.int4 import MIDDLE, exact_product, require_prepared, require_rows
 from quant.pack import pack_nibbles, unpack_nibbles
 
@@ -133,6 +134,7 @@ def matmul(x: Tensor, weight: Prepared) -> Tensor:
         has_zeros=weight.zeros is not None,
         use_ptx=x.is_cuda,
         num_warps=tiling.rows // 16,
+        **early(x.device),
     )
     return y
 
@@ -178,15 +180,20 @@ def _sums(x: Tensor, span: int) -> Tensor:
     n, k = x.shape
     padded = triton.cdiv(n, WIDEST) * WIDEST
     sums = torch.empty(k // span, padded, dtype=torch.float32, device=x.device)
+    sizes = {"span": span, "block_tokens": NARROWEST}
     _span_sums[(k // span, padded // NARROWEST)](
-        x, sums, n, x.stride(0), padded, span=span, block_tokens=NARROWEST, num_warps=4
+        x, sums, n, x.stride(0), padded, **sizes, num_warps=4, **early(x.device)
     )
     return sums
 
 
 @triton.jit(do_not_specialize=["n"])
-def _span_sums(x, sums, n, stride, padded, span: tl.constexpr, block_tokens: tl.constexpr):
+def _span_sums(
+    x, sums, n, stride, padded, span: tl.constexpr, block_tokens: tl.constexpr, EARLY: tl.constexpr
+):
     """Add one span of some tokens; those past n give 0."""
+    admit(EARLY)
+    await_earlier(EARLY)
     tokens = tl.program_id(1) * block_tokens + tl.arange(0, block_tokens)
     columns = tl.program_id(0) * span + tl.arange(0, span)
     live = tokens[:, None] < n
@@ -218,21 +225,24 @@ def _product(
     stages: tl.constexpr,
     has_zeros: tl.constexpr,
     use_ptx: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Multiply one tile of rows by one tile of tokens over one split of K."""
+    admit(EARLY)
     inputs: tl.constexpr = 4 * lanes  # of a chunk
     span: tl.constexpr = group if group < inputs else inputs  # those under one scale
     rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
-    tokens = tl.program_id(2) * block_tokens + tl.arange(0, block_tokens)
     lane = tl.arange(0, lanes)[None, :]
     first = tl.program_id(1) * tl.cdiv(chunks, splits)
     last = tl.minimum(first + tl.cdiv(chunks, splits), chunks) - 1
     word_at = words + rows[:, None] * lanes + lane
-    x_at = x + tokens[:, None] * stride_x + lane
     total = tl.zeros((block_rows, block_tokens), tl.float32)
     # Scales are too narrow for the copies that run ahead: read one step early by hand.
     start = tl.minimum(first, last) * inputs  # a last split may be empty
     next_scales = _per_span(scales, rows, n_out, start, group, span, inputs)
+    await_earlier(EARLY)
+    tokens = tl.program_id(2) * block_tokens + tl.arange(0, block_tokens)
+    x_at = x + tokens[:, None] * stride_x + lane
     for chunk in tl.range(first, last + 1, num_stages=stages):
         codes = tl.load(word_at + chunk * n_out * lanes)
         scale = next_scales
@@ -244,10 +254,7 @@ def _product(
         product = tl.zeros((block_rows, block_tokens), tl.float32)
         for i in tl.static_range(4):
             part = tl.load(x_at + chunk * inputs + i * lanes, mask=tokens[:, None] < n, other=0.0)
-            if not use_ptx:
-                part = part.to(tl.float32)
-            weight = _open(codes, i, x.dtype.element_ty, middle, use_ptx)
-            product = tl.dot(weight, tl.trans(part), product)
+            product = _multiply(codes, i, part, product, middle, use_ptx)
             if (i + 1) * lanes % span == 0:
                 if has_zeros:
                     shift = (middle - zero[i * lanes // span].to(tl.float32))[:, None]
@@ -255,6 +262,14 @@ def _product(
                 total += product * scale[i * lanes // span].to(tl.float32)[:, None]
                 product = tl.zeros((block_rows, block_tokens), tl.float32)
     _finish(total, rows, tokens, partial, counters, y, n, n_out, splits)
+
+
+@triton.jit
+def _multiply(words, i: tl.constexpr, part, product, middle: tl.constexpr, use_ptx: tl.constexpr):
+    weight = _open(words, i, part.dtype, middle, use_ptx)
+    if not use_ptx:
+        part = part.to(tl.float32)
+    return tl.dot(weight, tl.trans(part), product)
 
 
 @triton.jit

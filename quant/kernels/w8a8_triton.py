@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.kernels.early import admit, await_earlier, early
+
 CHUNK = 256  # inputs per step
 ROWS = 64  # output features of a program
 MAX_TOKENS = 128  # two tiles of tokens; wider reads are a prefill's, bound by arithmetic
@@ -79,6 +81,7 @@ def matmul(
         block_tokens=tiling.tokens,
         stages=tiling.stages,
         num_warps=4,
+        **early(codes.device),
     )
     return y
 
@@ -135,9 +138,13 @@ def _product(
     block_rows: tl.constexpr,
     block_tokens: tl.constexpr,
     stages: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One tile of one split."""
+    admit(EARLY)
     rows = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
+    by_row = tl.load(scales + rows).to(tl.float32)
+    await_earlier(EARLY)
     tokens = tl.program_id(2) * block_tokens + tl.arange(0, block_tokens)
     column = tl.arange(0, chunk)[None, :]
     chunks = k // chunk
@@ -153,7 +160,7 @@ def _product(
         total = tl.dot(opened, tl.trans(part), total, out_dtype=tl.int32)
     offsets = tokens[None, :] * n_out + rows[:, None]
     if splits == 1:
-        _store(total, token_scales, scales, y, rows, tokens, offsets, live)
+        _store(total, token_scales, by_row, y, rows, tokens, offsets, live)
     else:
         tl.store(partial + tl.program_id(1) * n * n_out + offsets, total, mask=live[None, :])
         tl.debug_barrier()  # every thread's part is stored before one of them says so
@@ -164,14 +171,13 @@ def _product(
                 # From L2: another multiprocessor wrote it.
                 at = partial + split * n * n_out + offsets
                 added += tl.load(at, mask=live[None, :], other=0, cache_modifier=".cg")
-            _store(added, token_scales, scales, y, rows, tokens, offsets, live)
+            _store(added, token_scales, by_row, y, rows, tokens, offsets, live)
             tl.atomic_xchg(counter, 0)  # ready for the next replay of a CUDA graph
 
 
 @triton.jit
-def _store(total, token_scales, scales, y, rows, tokens, offsets, live):
+def _store(total, token_scales, by_row, y, rows, tokens, offsets, live):
     """Scale whole sums, by the channel first, and round."""
-    by_row = tl.load(scales + rows).to(tl.float32)
     by_token = tl.load(token_scales + tokens, mask=live, other=0.0)
     scaled = total.to(tl.float32) * by_row[:, None] * by_token[None, :]
     tl.store(y + offsets, scaled.to(y.dtype.element_ty), mask=live[None, :])

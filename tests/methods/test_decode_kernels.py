@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +28,8 @@ EPSILON = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}
 
 if INTERPRETED or ON_GPU:
     from methods.kernels import attention, best, commit, gate, norm, rope_write, tree
+    from quant.kernels import w8a8_triton
+    from quant.kernels.tokens_triton import round_rows as round_in_one_pass
 
 kernel = pytest.mark.skipif(
     not (ON_GPU or INTERPRETED), reason="needs a CUDA device or Triton's interpreter"
@@ -301,6 +304,79 @@ def test_a_captured_step_follows_the_length_on_the_device() -> None:
         expected_caches = start.clone()
         expected = step(expected_caches, base_of(length))
         for out, wanted in zip(captured, expected, strict=True):
+            assert torch.equal(out, wanted)
+        assert torch.equal(caches, expected_caches)
+
+
+def read_layers(
+    weights: list[Tensor],
+    table: tuple[Tensor, Tensor],
+    x: Tensor,
+    caches: Tensor,
+    parents: Tensor,
+    *,
+    wait: Callable[[], None],
+) -> list[Tensor]:
+    """Run layers whose every kernel reads what the one ahead writes.
+
+    weights: of qkv, out, gate_up and down, 8 bits wide. Half of the slots are decided.
+    """
+    base = torch.full((1,), caches.shape[3] // 2, device=DEVICE)
+    counted = [w8a8_triton.counters(len(weight), DEVICE) for weight in weights]
+    scales = [torch.full((len(w),), w.shape[1] ** -0.5 / 73, device=DEVICE) for w in weights]
+    factor = torch.ones_like(x[0])
+
+    def product(i: int, read: Tensor) -> Tensor:
+        codes, scale = round_in_one_pass(read, codes=torch.int8)
+        wait()
+        y = w8a8_triton.matmul(codes, scale, weights[i], scales[i], counted[i], x.dtype)
+        wait()
+        return y
+
+    _, depths, paths = fused.ancestry(parents, len(x))
+    wait()
+    positions, delta, outs = base + depths, None, [x]
+    for cache in caches:
+        normed, x = fused.add_norm(x, delta, factor, 1e-5)
+        wait()
+        queries = fused.rope_write(product(0, normed), *table, positions, cache, base, 0)
+        wait()
+        mixed = fused.attend(queries, cache, base, 0, ancestors=paths)
+        wait()
+        normed, x = fused.add_norm(x, product(1, mixed), factor, 1e-5)
+        wait()
+        gated = fused.silu_mul(product(2, normed))
+        wait()
+        delta = product(3, gated)
+        outs += [mixed, x, delta]
+    return outs
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not ON_GPU or torch.cuda.get_device_capability() < (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("n", [1, 16, 60])
+def test_kernels_that_overlap_in_a_graph_give_the_bits_of_one_at_a_time(n: int) -> None:
+    width, groups, dim = 1024, 2, 64
+    shapes = [(width + 2 * groups * dim, width), (width, width)]
+    shapes += [(4 * width, width), (width, 2 * width)]
+    weights = [torch.randint(-127, 128, shape, device=DEVICE).to(torch.int8) for shape in shapes]
+    table = Rope(theta=10000.0).angles(torch.arange(800, device=DEVICE), dim, torch.float16)
+    x, parents = draw(n, width, dtype=torch.float16), random_parents(n)
+    start = draw(12, 2, groups, 800, dim, dtype=torch.float16)
+    caches, expected_caches = start.clone(), start.clone()
+    stream = torch.cuda.current_stream()
+    expected = read_layers(weights, table, x, expected_caches, parents, wait=stream.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = read_layers(weights, table, x, caches, parents, wait=lambda: None)
+    for _ in range(20):
+        for out in outs[1:]:
+            out.fill_(77)
+        caches.copy_(start)
+        graph.replay()
+        for out, wanted in zip(outs, expected, strict=True):
             assert torch.equal(out, wanted)
         assert torch.equal(caches, expected_caches)
 
