@@ -1,17 +1,22 @@
-"""Our own CUDA kernels behind the common interface: so far W4A16 (quant.kernels.w4a16_hopper).
+"""Our own CUDA kernels behind the common interface, on Hopper.
 
-A row's bits do not depend on how many rows are read with it, up to as many as the kernel takes; a
-prompt's long chunks are opened to x's dtype and multiplied by cuBLAS.
+    w4a16    quant.kernels.w4a16_hopper
+    dense    quant.kernels.w16a16_hopper: float16 or bfloat16, the weight cast to x's dtype once
+
+A row's bits do not depend on how many rows are read with it, up to as many as a kernel takes; a
+prompt's long chunks are multiplied by cuBLAS, 4-bit ones opened to x's dtype before.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from quant.kernels import cuda_build
+from quant.dense import DenseLinear
+from quant.kernels import cuda_build, w16a16_hopper
 from quant.kernels import w4a16_hopper as kernel
 from quant.kernels.exact import Tiles
 from quant.kernels.int4 import DTYPES, Int4Linear, Stored
-from quant.kernels.kernel import Kernel
+from quant.kernels.kernel import Kernel, KernelLinear, Rounded
 from quant.scheme import QuantLinear
 from quant.weight_only import WeightOnlyLinear
 
@@ -37,12 +42,16 @@ class CudaKernel(Kernel):
 
     def unfit(self, layer: QuantLinear, dtype: torch.dtype) -> str:
         """Look at the format, then at the kernel's own limits."""
-        if not isinstance(layer, WeightOnlyLinear) or layer.bits != 4:
-            return self.told("4-bit weights and activations as they are", type(layer).__name__)
+        n, k = layer.out_features, layer.in_features
+        if isinstance(layer, DenseLinear):
+            needed, got = w16a16_hopper.unfit(n, k)
+        elif isinstance(layer, WeightOnlyLinear) and layer.bits == 4:
+            needed, got = kernel.unfit(n, k, k // layer.scales.shape[1])
+        else:
+            formats = "dense or 4-bit weights, activations as they are"
+            return self.told(formats, type(layer).__name__)
         if dtype not in DTYPES:
             return self.told("dtype=float16 or bfloat16", dtype)
-        n, k = layer.out_features, layer.in_features
-        needed, got = kernel.unfit(n, k, k // layer.scales.shape[1])
         return self.told(needed, got) if needed else ""
 
     def inexact(self, layer: QuantLinear, dtype: torch.dtype) -> str:
@@ -54,9 +63,13 @@ class CudaKernel(Kernel):
 
         An exact one reads a prompt by this kernel too.
         """
-        assert isinstance(layer, WeightOnlyLinear)
-        fitted = CudaInt4(layer, dtype)
-        return Tiles(fitted, dtype, rows=fitted.most_tokens, padded=False) if exact else fitted
+        fitted: CudaInt4 | CudaDense
+        if isinstance(layer, DenseLinear):
+            fitted = CudaDense(layer, dtype)
+        else:
+            assert isinstance(layer, WeightOnlyLinear)
+            fitted = CudaInt4(layer, dtype)
+        return Tiles(fitted, dtype, rows=MOST_TOKENS, padded=False) if exact else fitted
 
 
 class CudaInt4(Int4Linear):
@@ -87,3 +100,25 @@ class CudaInt4(Int4Linear):
             shape=(self.out_features, self.in_features),
             group=self._group,
         )
+
+
+class CudaDense(KernelLinear):
+    """A weight in x's dtype, where and as torch has it: the very tensor where that is its dtype."""
+
+    weight: Tensor
+
+    def __init__(self, layer: DenseLinear, dtype: torch.dtype) -> None:
+        super().__init__(layer, kernel=CudaKernel.name, dtype=dtype)
+        self.register_buffer("weight", layer.weight.to(dtype).contiguous())
+        self.rounded = Rounded(layer.weight, self.weight)
+        w16a16_hopper.build(self.weight)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Multiply. x: [n, K] -> [n, N]."""
+        if len(x) > MOST_TOKENS:
+            return F.linear(x, self.weight)
+        return w16a16_hopper.matmul(x, self.weight)
+
+    def reference(self) -> QuantLinear:
+        """Give the dense layer."""
+        return DenseLinear(self.rounded.restored(self.weight))

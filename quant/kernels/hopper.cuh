@@ -24,6 +24,16 @@ __device__ __forceinline__ void pair_sync() {
                  "barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The two halves of pair_sync where no memory but barriers is told of: those that were set up with
+// fence.mbarrier_init before. Much cheaper, since no store is waited for.
+__device__ __forceinline__ void pair_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void pair_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -62,6 +72,16 @@ __device__ __forceinline__ void copy_in(u32 to, const void* from, u32 bytes, u32
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+// A box of a 2-d tensor into this block alone, its first column and row given.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, u32 column, u32 row, u32 barrier,
+                                         u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier),
+        "l"(policy)
         : "memory");
 }
 

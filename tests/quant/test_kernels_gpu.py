@@ -56,7 +56,7 @@ SCHEMES: dict[str, Scheme] = {
 OWN = {f"w4a16-{groups}" for groups in ("g128", "g64", "channel", "g128-asym", "channel-asym")}
 COMPUTED = {
     "triton": OWN | {"w8a8", "w8a8-smooth"},
-    "cuda": OWN,
+    "cuda": OWN | {"dense"},
     "humming": {*SCHEMES} - {"dense", "qqq-g128", "qoq-channel"},
     "torch": {"dense", "w4a16-g128", "w4a16-g64", "w4a16-g32", "w8a8", "w8a8-smooth", "fp8"},
 }
