@@ -43,20 +43,12 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
                  : "memory");
 }
 
+// The hint lets a thread sleep until the barrier turns, where polling would take others' turns.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
     asm volatile(
         "{\n.reg .pred done;\n"
-        "again:\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(barrier), "r"(phase)
-        : "memory");
-}
-
-// The empty barriers are arrived at by both blocks of the pair.
-__device__ __forceinline__ void barrier_wait_pair(u32 barrier, u32 phase) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "again:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n}" ::"r"(barrier), "r"(phase)
+        "again:\nmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1, %2;\n"
+        "@!done bra again;\n}" ::"r"(barrier), "r"(phase), "r"(10000000)
         : "memory");
 }
 

@@ -128,7 +128,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(104)
             for (u32 i = 0; i < ahead; ++i) copy.next_x(i, i);
             u32 stage = 0, phase = 0;
             for (u32 i = ahead; i < count; ++i) {
-                barrier_wait_pair(empty + 8 * stage, phase);
+                barrier_wait(empty + 8 * stage, phase);
                 copy.next_weights(stage);
                 copy.next_x(i, stage);
                 if (++stage == STAGES) stage = 0, phase ^= 1;

@@ -317,6 +317,76 @@ __device__ __forceinline__ bool add_parts(float (&sum)[2][HELD], float4* parts, 
     return true;
 }
 
+// Where one that copies is in the ring of stages; it waits for a stage from the second round on.
+struct Filled {
+    u32 at, full, empty;  // of the stage
+    int stage = 0;
+    u32 phase = 1;  // the first wait of a barrier for phase 1 is none
+
+    __device__ __forceinline__ void next() {
+        at += STAGE_BYTES, full += 8, empty += 8, ++stage;
+        if (stage == STAGES) {
+            at -= STAGES * STAGE_BYTES, full -= 8 * STAGES, empty -= 8 * STAGES;
+            stage = 0, phase ^= 1;
+        }
+    }
+};
+
+// Copy words, scales and zeros of `count` chunks, from one of a block's on. All counts go up by one
+// each time: a chunk's copies must cost less than what they bring takes to arrive.
+__device__ __forceinline__ void copy_weights(u32 stages, u32 full, u32 empty, const u8* words,
+                                             const u8* scales, const u8* zeros, long long block,
+                                             int chunk, int chunks, int chunks_per_group,
+                                             int count) {
+    u64 once;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+    // A step holds one chunk's scales, of two spans or as one of several under a group.
+    const int steps = (chunks + chunks_per_group - 1) / chunks_per_group;
+    int step = chunk / chunks_per_group, in_step = chunk % chunks_per_group;
+    words += (block * chunks + chunk) * WORD_BYTES;
+    scales += (block * steps + step) * ALL_SCALES;
+    zeros += (block * steps + step) * ALL_ZEROS;
+    Filled to{stages + X_BYTES, full, empty};
+#pragma unroll 1
+    for (; count > 0; --count) {
+        barrier_wait(to.empty, to.phase);
+        barrier_expect(to.full, WORD_BYTES + ALL_SCALES + ALL_ZEROS);
+        copy_in(to.at, words, WORD_BYTES, to.full, once);
+        copy_in(to.at + WORD_BYTES, scales, ALL_SCALES, to.full, once);
+        if constexpr (ZEROS) {
+            copy_in(to.at + WORD_BYTES + ALL_SCALES, zeros, ALL_ZEROS, to.full, once);
+        }
+        to.next();
+        words += WORD_BYTES;
+        ++chunk, ++in_step;
+        if (chunk == chunks) {
+            // The next tile's block of this rank: one of the other's lies between.
+            words += static_cast<long long>(chunks) * WORD_BYTES;
+            scales += static_cast<long long>(steps + 1) * ALL_SCALES;
+            zeros += static_cast<long long>(steps + 1) * ALL_ZEROS;
+            chunk = in_step = 0;
+        } else if (in_step == chunks_per_group) {
+            scales += ALL_SCALES, zeros += ALL_ZEROS;
+            in_step = 0;
+        }
+    }
+}
+
+// Copy this block's half of x's chunks into both blocks of the pair.
+__device__ __forceinline__ void copy_x(u32 stages, u32 full, u32 empty, const TensorMap* x,
+                                       u32 rank, int chunk, int chunks, int count) {
+    const int half = static_cast<int>(rank) * (CHUNK / 2);
+    Filled to{stages + rank * (X_BYTES / 2), full, empty};
+#pragma unroll 1
+    for (; count > 0; --count) {
+        barrier_wait(to.empty, to.phase);
+        barrier_expect(to.full, X_BYTES);
+        copy_to_pair(to.at, x, chunk * CHUNK + half, to.full);
+        to.next();
+        if (++chunk == chunks) chunk = 0;
+    }
+}
+
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(CONSUMERS + 128, 1)
     product(const __grid_constant__ TensorMap x, const u8* __restrict__ words,
             const u8* __restrict__ scales, const u8* __restrict__ zeros, float4* parts,
@@ -334,7 +404,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(CONSUMERS
     asm volatile("griddepcontrol.launch_dependents;");
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(full + 8 * stage, 1);
+            barrier_init(full + 8 * stage, 2);  // whoever copies weights, and x
             barrier_init(empty + 8 * stage, 2 * CONSUMERS / 32);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -342,43 +412,18 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(CONSUMERS
     pair_sync();
 
     if (threadIdx.x >= CONSUMERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        const int chunk = begin % chunks, count = end - begin;
         if (threadIdx.x == CONSUMERS) {
-            u64 once;
-            asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-            const auto copy_weights = [&](int unit, int stage) {
-                const long long tile = unit / chunks * 2 + rank;
-                const int chunk = unit % chunks;
-                const u32 to = stages + stage * STAGE_BYTES + X_BYTES, barrier = full + 8 * stage;
-                barrier_expect(barrier, X_BYTES + WORD_BYTES + ALL_SCALES + ALL_ZEROS);
-                copy_in(to, words + (tile * chunks + chunk) * WORD_BYTES, WORD_BYTES, barrier, once);
-                // A step holds one chunk's scales, of two spans or as one of several under a group.
-                const int steps = (chunks + chunks_per_group - 1) / chunks_per_group;
-                const long long step = tile * steps + chunk / chunks_per_group;
-                copy_in(to + WORD_BYTES, scales + step * ALL_SCALES, ALL_SCALES, barrier, once);
-                if constexpr (ZEROS) {
-                    copy_in(to + WORD_BYTES + ALL_SCALES, zeros + step * ALL_ZEROS, ALL_ZEROS,
-                            barrier, once);
-                }
-            };
-            const auto copy_x = [&](int unit, int stage) {
-                const u32 half = rank * (X_BYTES / 2);
-                const int input = unit % chunks * CHUNK + static_cast<int>(rank) * (CHUNK / 2);
-                copy_to_pair(stages + stage * STAGE_BYTES + half, &x, input, full + 8 * stage);
-            };
-            const int ahead = min(end - begin, STAGES);
-            for (int i = 0; i < ahead; ++i) copy_weights(begin + i, i);
+            copy_weights(stages, full, empty, words, scales, zeros, (begin / chunks) * 2 + rank,
+                         chunk, chunks, chunks_per_group, count);
+        } else if (threadIdx.x == CONSUMERS + 32) {
             asm volatile("griddepcontrol.wait;" ::: "memory");
-            for (int i = 0; i < ahead; ++i) copy_x(begin + i, i);
-            for (int i = ahead; i < end - begin; ++i) {
-                barrier_wait_pair(empty + 8 * (i % STAGES), (i / STAGES - 1) & 1);
-                copy_weights(begin + i, i % STAGES);
-                copy_x(begin + i, i % STAGES);
-            }
+            copy_x(stages, full, empty, &x, rank, chunk, chunks, count);
         }
         __syncwarp();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         asm volatile("griddepcontrol.wait;" ::: "memory");
         Ring ring{stages, full, empty};
         float sum[2][HELD];
