@@ -3,14 +3,11 @@
 `auto` on a CPU is the reference. On a GPU it is what `specquant kernels` measured as the fastest on
 this machine; of a layer that nobody measured, the first in this order that takes it:
 
-    humming > triton > torch > reference
+    cuda > humming > triton > torch > reference
 
-That is the order of their times on an H200 for 1 to 64 tokens (Llama-3-70B's four layers, LOG.md):
-humming leads in every quantised format that it computes but w4a16 at 16 to 32 tokens, where our own
-Triton kernel is ahead by a sixth, behind by a fifth at 48 to 64, and never depends on how many
-tokens are read; our CUDA kernel leads from 32 tokens on, but has not run inside a model yet, so it
-is taken only where it is named or was measured here; tinygemm keeps up at one token and takes 15
-times as long at 64. Dense layers are cuBLAS's, where nobody measured our CUDA kernel as faster.
+That is the order of their times on an H200 for 1 to 64 tokens (LOG.md): our CUDA kernels lead in
+w4a16 (Llama-3-70B's four layers summed) and in dense layers, humming in every other format that it
+computes; tinygemm keeps up at one token and takes 15 times as long at 64.
 
 Where layers must be exact (`Kernel.inexact`), humming comes last, since it gives up splitting its
 sums for it, and the reference always multiplies as many rows.
@@ -36,16 +33,14 @@ MARLIN = (
 )
 # In the order that `auto` asks them.
 AVAILABLE: Sequence[Kernel] = (
+    CudaKernel(),
     HummingKernel(),
     TritonKernel(),
-    CudaKernel(),
     TorchKernel(),
     Absent("marlin", MARLIN),
 )
-# What `auto` takes only where it was measured as the fastest.
-MEASURED_ONLY = ("cuda",)
 # In the order that `auto` asks them for exact layers.
-EXACT_ORDER = ("triton", "cuda", "torch", "humming", "marlin")
+EXACT_ORDER = ("cuda", "triton", "torch", "humming", "marlin")
 
 
 def fit(
@@ -87,8 +82,7 @@ def choose(
         return None
     if exact:
         kernels = sorted(kernels, key=lambda kernel: EXACT_ORDER.index(kernel.name))
-    asked = [k for k in kernels if k.name == measured or k.name not in MEASURED_ONLY]
-    ordered = sorted(asked, key=lambda kernel: kernel.name != measured)
+    ordered = sorted(kernels, key=lambda kernel: kernel.name != measured)
     return next((k for k in ordered if not k.refuses(layer, dtype, device, exact=exact)), None)
 
 

@@ -69,7 +69,7 @@ class CudaKernel(Kernel):
         else:
             assert isinstance(layer, WeightOnlyLinear)
             fitted = CudaInt4(layer, dtype)
-        return Tiles(fitted, dtype, rows=MOST_TOKENS, padded=False) if exact else fitted
+        return Tiles(fitted, dtype, rows=fitted.most_tokens, padded=False) if exact else fitted
 
 
 class CudaInt4(Int4Linear):
@@ -105,6 +105,7 @@ class CudaInt4(Int4Linear):
 class CudaDense(KernelLinear):
     """A weight in x's dtype, where and as torch has it: the very tensor where that is its dtype."""
 
+    most_tokens = w16a16_hopper.WIDEST
     weight: Tensor
 
     def __init__(self, layer: DenseLinear, dtype: torch.dtype) -> None:
@@ -115,7 +116,7 @@ class CudaDense(KernelLinear):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply. x: [n, K] -> [n, N]."""
-        if len(x) > MOST_TOKENS:
+        if len(x) > self.most_tokens:  # cuBLAS reads the weight once for all of them
             return F.linear(x, self.weight)
         return w16a16_hopper.matmul(x, self.weight)
 

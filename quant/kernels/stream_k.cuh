@@ -37,7 +37,7 @@ template <int CONSUMERS, int TILES, int HELD>
 __device__ __forceinline__ bool add_parts(float (&sum)[TILES][HELD], const Share& share, u32 tile) {
     constexpr int EACH = HELD / 4, FOURS = TILES * EACH;
     // Reads that are under way together: of so many numbers, of so many parts.
-    constexpr int BATCH = FOURS < 8 ? FOURS : 8, AT_ONCE = 8 / BATCH;
+    constexpr int BATCH = FOURS < 8 ? FOURS : 8, AT_ONCE = BATCH < 8 ? 16 / BATCH : 1;
     const u32 start = tile * share.chunks;
     const u32 first = pair_of(start, share.pairs, share.units);
     const u32 last = pair_of(start + share.chunks - 1, share.pairs, share.units);
@@ -65,6 +65,7 @@ __device__ __forceinline__ bool add_parts(float (&sum)[TILES][HELD], const Share
     if (*share.arrived != last - first) return false;
 #pragma unroll
     for (int i = 0; i < TILES * HELD; ++i) sum[i / HELD][i % HELD] = 0.0f;
+#pragma unroll 1
     for (u32 pair = first; pair <= last; pair += AT_ONCE) {
 #pragma unroll
         for (int from = 0; from < FOURS; from += BATCH) {

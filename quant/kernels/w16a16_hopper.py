@@ -6,12 +6,9 @@ How K is parted depends on the shape and the device alone, never on the number o
 kernel is w16a16_hopper.cu. Weights are read where torch has them, [N, K] row by row, in x's dtype;
 what a block or a chunk has beyond N and K comes as zeros.
 
-A block takes 128 or 256 outputs. Tiles that several blocks share cost their parts' way through L2:
-what the last block reads of a tile is (parts + 1) * outputs * tokens * 4 bytes, and both factors
-shrink with fewer outputs: of Llama-3-8B's o, 592 KiB with 256 outputs and 64 tokens, 163 KiB with
-128, where a block's own weights are 254 KB. On the other hand x is read once a pair: at 64 tokens a
-quarter of the weights' bytes with 128 outputs, an eighth with 256. So layers that are cut into few
-tiles, or read long, take 256.
+A block takes 128 outputs. With 256 a long layer takes 2 % less at one token, but 8 % more at 60,
+where a stage is so large that few are in flight; short layers lose as much or more at both, since
+the last block of a tile reads (parts + 1) * outputs * tokens * 4 bytes (H200, LOG.md).
 """
 
 import ctypes
@@ -23,18 +20,23 @@ import torch
 from torch import Tensor
 
 from quant.kernels import cuda_build
-from quant.kernels.hopper import MOST_BLOCKS, multiprocessors, tensor_map, workspace
+from quant.kernels.hopper import (
+    MOST_BLOCKS,
+    MOST_UNITS,
+    PREFETCHED_BYTES,
+    multiprocessors,
+    tensor_map,
+    workspace,
+)
 from quant.kernels.int4 import require_rows
 
-ROWS = (128, 256)  # outputs of a block
+ROWS = 128  # outputs of a block
 CHUNK = 64  # inputs of a stage
 THREADS = 256 + 32  # that multiply, and a warp, one thread of which copies
 NARROWEST, WIDEST = 8, 64  # tokens of a launch; more are several launches
 SHARED_BYTES = 200 * 1024  # of the 227 KiB a block may have; the rest is for its neighbours
 STAGE_ALIGNMENT = 1024
-MOST_UNITS = 1 << 23  # chunks of all tiles, so that times 256 pairs they are counted in 32 bits
-MOST_PARTS = 3  # of a tile, up to which 256 outputs a block are worth it whatever K is
-LONG_BYTES = 1 << 28  # of weights, from which on reading x costs more than adding parts
+PREFETCHED = PREFETCHED_BYTES // (ROWS * CHUNK * 2)  # chunks
 SOURCES = tuple(
     Path(__file__).with_name(n) for n in ("hopper.cuh", "stream_k.cuh", "w16a16_hopper.cu")
 )
@@ -42,16 +44,15 @@ SOURCES = tuple(
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What a binary is compiled for. rows: of ROWS."""
+    """What a binary is compiled for."""
 
     tokens: int
     bf16: bool
-    rows: int
 
     @property
     def stage_bytes(self) -> int:
         """Shared memory of one chunk."""
-        return (self.rows + self.tokens) * CHUNK * 2
+        return (ROWS + self.tokens) * CHUNK * 2
 
     @property
     def stages(self) -> int:
@@ -74,7 +75,7 @@ class Variant:
         )
         values = {
             "TOKENS": self.tokens,
-            "ROWS": self.rows,
+            "ROWS": ROWS,
             "STAGES": self.stages,
             "BF16": int(self.bf16),
             "WGMMA_LINE": f'"{line}"',
@@ -86,9 +87,8 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a shape is cut. rows: of a block. tiles, chunks: of two blocks, of 64 inputs."""
+    """How a shape is cut. tiles, chunks: of two blocks' outputs, of 64 inputs."""
 
-    rows: int
     tiles: int
     chunks: int
     pairs: int
@@ -96,23 +96,19 @@ class Plan:
 
 def plan(n: int, k: int, blocks: int) -> Plan:
     """Cut a weight of [N, K]. blocks: that the device runs at once."""
-    pairs = blocks // 2
-    few, many = ROWS
-    large = n * k * 2 >= LONG_BYTES or pairs <= (MOST_PARTS - 1) * -(-n // (2 * many))
-    rows = many if large else few
-    tiles, chunks = -(-n // (2 * rows)), -(-k // CHUNK)
-    return Plan(rows=rows, tiles=tiles, chunks=chunks, pairs=min(pairs, tiles * chunks))
+    tiles, chunks = -(-n // (2 * ROWS)), -(-k // CHUNK)
+    return Plan(tiles=tiles, chunks=chunks, pairs=min(blocks // 2, tiles * chunks))
 
 
 def unfit(n: int, k: int) -> tuple[str, str]:
     """Say what a shape must have and what it has; empty: it is taken."""
     if n % 8 or k % 8:
         return "N and K in multiples of 8", f"N={n}, K={k}"
-    tiles = -(-n // (2 * ROWS[0]))
+    tiles = -(-n // (2 * ROWS))
     if 2 * tiles > MOST_BLOCKS:
-        return f"N of {MOST_BLOCKS * ROWS[0]} at most", str(n)
+        return f"N of {MOST_BLOCKS * ROWS} at most", str(n)
     if tiles * -(-k // CHUNK) > MOST_UNITS:
-        most = MOST_UNITS * 2 * ROWS[0] * CHUNK
+        most = MOST_UNITS * 2 * ROWS * CHUNK
         return f"a weight of {most} numbers at most", f"N={n}, K={k}"
     return "", ""
 
@@ -145,7 +141,7 @@ def _plan(weight: Tensor) -> Plan:
 
 def _variant(weight: Tensor, n: int) -> Variant:
     tokens = -(-n // NARROWEST) * NARROWEST
-    return Variant(tokens=tokens, bf16=weight.dtype == torch.bfloat16, rows=_plan(weight).rows)
+    return Variant(tokens=tokens, bf16=weight.dtype == torch.bfloat16)
 
 
 def _launch(x: Tensor, weight: Tensor, y: Tensor) -> None:
@@ -157,9 +153,12 @@ def _launch(x: Tensor, weight: Tensor, y: Tensor) -> None:
         variant.shared_bytes,
         [
             tensor_map(x, variant.tokens),
-            tensor_map(weight, variant.rows),
+            tensor_map(weight, ROWS),
             *(ctypes.c_void_p(t.data_ptr()) for t in (parts, counters, y)),
-            *(ctypes.c_uint(v) for v in (len(x), weight.shape[0], cut.tiles, cut.chunks)),
+            *(
+                ctypes.c_uint(v)
+                for v in (len(x), weight.shape[0], cut.tiles, cut.chunks, PREFETCHED)
+            ),
         ],
         overlapped=True,
     )

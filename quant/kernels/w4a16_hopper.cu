@@ -3,11 +3,11 @@
 // What it computes, and the layout of its operands, is told in w4a16_hopper.py. Here is how.
 //
 // A pair of blocks (a cluster) takes 512 output features, 256 each, over a range of chunks of 128
-// inputs, and goes on to the next 512 where its range does (stream-K, Osama et al.,
-// arXiv 2301.03598). One thread of a block copies ahead: weights for itself, one half of each chunk
-// of x for both. Two warpgroups multiply, each two tiles of 64 features: codes are opened in
-// registers and are the left operand of wgmma, x in shared memory the right one, so that features
-// are the long side. Each group's product is exact in the codes and is scaled in float32.
+// inputs, and goes on to the next 512 where its range does (stream_k.cuh). One thread of a block
+// copies weights for itself, another one half of each chunk of x for both. Two warpgroups multiply,
+// each two tiles of 64 features: codes are opened in registers and are the left operand of wgmma, x
+// in shared memory the right one, so that features are the long side. Each group's product is exact
+// in the codes and is scaled in float32.
 //
 // Weights are constants, so their copies start before the kernel in front has ended
 // (programmatic dependent launch); only x waits for it.
@@ -15,6 +15,7 @@
 // Set in front of this text:
 //   TOKENS   columns of the tile, a multiple of 8, at most 64
 //   STAGES   chunks in flight
+//   REGISTERS  of a thread at the start; COPIERS_HAVE, CONSUMERS_HAVE after it
 //   BF16     x and y are bfloat16 instead of float16
 //   SCALE    type of scales: 0 float16, 1 bfloat16, 2 float32
 //   ZEROS    zeros are stored; else every zero is 8
@@ -24,9 +25,8 @@
 constexpr int ROWS = 256;           // output features of a block
 constexpr int CHUNK = 128;          // inputs of a stage
 constexpr int CONSUMERS = 256;      // threads that multiply: two warpgroups, each two tiles of 64
-constexpr int BLOCKS = TOKENS / 8;
 constexpr int HELD = TOKENS / 2;  // accumulators of a thread
-constexpr int AT_ONCE = TOKENS <= 32 ? 2 : 1;  // chunks between two waits for everything
+constexpr u32 AT_ONCE = TOKENS <= 32 ? 2 : 1;  // chunks between two waits for everything
 constexpr int SCALE_BYTES = SCALE == 2 ? 4 : 2;
 constexpr int X_BYTES = TOKENS * CHUNK * 2;
 constexpr int WORD_BYTES = ROWS * CHUNK / 2;
@@ -111,21 +111,10 @@ __device__ __forceinline__ u32 zero_at(u32 at, int row) {
     return value;
 }
 
-__device__ __forceinline__ u32 rounded_pair(float first, float second) {
-    u32 out;
-#if BF16
-    asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(out) : "f"(first), "f"(second));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(out) : "f"(first), "f"(second));
-#endif
-    return out;
-}
-
 // Where a consumer is in the ring of stages.
 struct Ring {
     u32 stages, full, empty;
-    int stage = 0;
-    u32 phase = 0;
+    u32 stage = 0, phase = 0;
 
     __device__ __forceinline__ void next() {
         if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -198,9 +187,11 @@ struct Product {
 // runs the next one's codes are opened.
 //
 // tile: the first of the ring's chunk; at the end that of the next chunk, if there is one.
-template <int COUNT>
-__device__ __forceinline__ void take(float (&sum)[2][HELD], Tile& tile, Ring& ring, bool last) {
-    constexpr int PRODUCTS = 2 * SPANS * COUNT;
+// more: chunks of the whole range from the ring's on. The last ones are not released: nobody waits
+// for them, and the other block may have ended.
+template <u32 COUNT>
+__device__ __forceinline__ void take(float (&sum)[2][HELD], Tile& tile, Ring& ring, u32 more) {
+    constexpr int PRODUCTS = 2 * SPANS * static_cast<int>(COUNT);
     Product product[PRODUCTS];
     u32 left = ring.empty + 8 * ring.stage;
 #pragma unroll
@@ -214,7 +205,7 @@ __device__ __forceinline__ void take(float (&sum)[2][HELD], Tile& tile, Ring& ri
             if (ends_chunk) {
                 left = ring.empty + 8 * ring.stage;
                 ring.next();
-                if (i < PRODUCTS - 1 || !last) {
+                if (i < PRODUCTS - 1 || more > COUNT) {
                     barrier_wait(ring.full + 8 * ring.stage, ring.phase);
                     tile = load<0, 0>(ring);
                 }
@@ -232,96 +223,18 @@ __device__ __forceinline__ void take(float (&sum)[2][HELD], Tile& tile, Ring& ri
             if (i % (2 * SPANS) == 0) {
                 __syncwarp();
                 const u32 empty = i < PRODUCTS ? left_before : left;
-                if (threadIdx.x % 32 < 2) barrier_arrive_at(empty, threadIdx.x % 32);
+                const bool awaited = more >= STAGES + i / (2 * SPANS);
+                if (awaited && threadIdx.x % 32 < 2) barrier_arrive_at(empty, threadIdx.x % 32);
             }
         }
     }
 }
 
-// Where the range of a pair starts, of all units of work.
-__device__ __forceinline__ int start_of(int pair, int pairs, int units) {
-    return static_cast<int>(static_cast<long long>(pair) * units / pairs);
-}
-
-__device__ __forceinline__ int pair_of(int unit, int pairs, int units) {
-    int pair = static_cast<int>(static_cast<long long>(unit) * pairs / units);
-    while (start_of(pair + 1, pairs, units) <= unit) ++pair;
-    return pair;
-}
-
-// Round, turn so that a thread holds two features of one token, and store what is real.
-__device__ __forceinline__ void store(const float (&sum)[HELD], u16* y, int n, int n_out, int row) {
-    const int lane = threadIdx.x % 32;
-    const int feature = row + lane % 4 * 2;
-#pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
-        const int token = block * 8 + lane / 4;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            u32 pair = rounded_pair(sum[block * 4 + half * 2], sum[block * 4 + half * 2 + 1]);
-            asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(pair));
-            const int at = feature + half * 8;
-            if (token < n && at < n_out) {
-                *reinterpret_cast<u32*>(y + static_cast<long long>(token) * n_out + at) = pair;
-            }
-        }
-    }
-}
-
-__device__ __forceinline__ void consumers_sync() {
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-}
-
-// Leave a part of a tile's sum for the block that comes last, which adds all parts up in order.
-__device__ __forceinline__ bool add_parts(float (&sum)[2][HELD], float4* parts, u32* counters,
-                                          u32* arrived, int tile, int pair, int pairs, int chunks,
-                                          int units, u32 rank) {
-    const int first = pair_of(tile * chunks, pairs, units);
-    const int last = pair_of(tile * chunks + chunks - 1, pairs, units);
-    const auto part_of = [&](int other) {
-        // A pair's range starts in one tile and may end in another: a place for each.
-        const int place = start_of(other, pairs, units) >= tile * chunks ? 0 : 1;
-        return parts + (static_cast<long long>(other * 2 + rank) * 2 + place) * 2 * BLOCKS * CONSUMERS +
-               threadIdx.x;
-    };
-    float4* own = part_of(pair);
-#pragma unroll
-    for (int i = 0; i < 2 * BLOCKS; ++i) {
-        const float* four = sum[i / BLOCKS] + i % BLOCKS * 4;
-        __stcg(own + i * CONSUMERS, make_float4(four[0], four[1], four[2], four[3]));
-    }
-    consumers_sync();
-    u32* counter = counters + tile * 2 + rank;
-    if (threadIdx.x == 0) {
-        // Of all threads' parts, which the barrier put before this.
-        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
-                     : "=r"(*arrived)
-                     : "l"(counter)
-                     : "memory");
-    }
-    consumers_sync();
-    if (*arrived != last - first) return false;
-#pragma unroll
-    for (int i = 0; i < HELD; ++i) sum[0][i] = sum[1][i] = 0.0f;
-#pragma unroll(TOKENS <= 16 ? 4 : 1)
-    for (int other = first; other <= last; ++other) {
-        const float4* part = part_of(other);
-#pragma unroll
-        for (int i = 0; i < 2 * BLOCKS; ++i) {
-            const float4 value = __ldcg(part + i * CONSUMERS);
-            float* four = sum[i / BLOCKS] + i % BLOCKS * 4;
-            four[0] += value.x, four[1] += value.y, four[2] += value.z, four[3] += value.w;
-        }
-    }
-    if (threadIdx.x == 0) *counter = 0;  // ready for the next launch
-    return true;
-}
-
-// Where one that copies is in the ring of stages; it waits for a stage from the second round on.
-struct Filled {
+// Where one that copies is in the ring of stages. It steps by additions alone: what a chunk's
+// copies cost must stay below what the chunk takes to arrive.
+struct Place {
     u32 at, full, empty;  // of the stage
-    int stage = 0;
-    u32 phase = 1;  // the first wait of a barrier for phase 1 is none
+    u32 stage = 0, phase = 1;  // nobody waits in the first round: a barrier begins after its phase 1
 
     __device__ __forceinline__ void next() {
         at += STAGE_BYTES, full += 8, empty += 8, ++stage;
@@ -332,23 +245,22 @@ struct Filled {
     }
 };
 
-// Copy words, scales and zeros of `count` chunks, from one of a block's on. All counts go up by one
-// each time: a chunk's copies must cost less than what they bring takes to arrive.
-__device__ __forceinline__ void copy_weights(u32 stages, u32 full, u32 empty, const u8* words,
-                                             const u8* scales, const u8* zeros, long long block,
-                                             int chunk, int chunks, int chunks_per_group,
-                                             int count) {
-    u64 once;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+// The thread that copies words, scales and zeros of a block's chunks, from one on.
+struct Weights {
+    const u8 *words, *scales, *zeros;
+    Place to;
     // A step holds one chunk's scales, of two spans or as one of several under a group.
-    const int steps = (chunks + chunks_per_group - 1) / chunks_per_group;
-    int step = chunk / chunks_per_group, in_step = chunk % chunks_per_group;
-    words += (block * chunks + chunk) * WORD_BYTES;
-    scales += (block * steps + step) * ALL_SCALES;
-    zeros += (block * steps + step) * ALL_ZEROS;
-    Filled to{stages + X_BYTES, full, empty};
+    u32 chunk, chunks, in_step, chunks_per_step, steps;
+    u64 once;
+
+    // Ask for the words that follow in this tile, `most` chunks of them, to be brought into L2.
+    __device__ __forceinline__ void prefetch(u32 most) const {
+        const u32 some = min(chunks - chunk, most);
 #pragma unroll 1
-    for (; count > 0; --count) {
+        for (u32 i = 0; i < some; ++i) prefetch_in_l2(words + i * WORD_BYTES, WORD_BYTES);
+    }
+
+    __device__ __forceinline__ void copy() {
         barrier_wait(to.empty, to.phase);
         barrier_expect(to.full, WORD_BYTES + ALL_SCALES + ALL_ZEROS);
         copy_in(to.at, words, WORD_BYTES, to.full, once);
@@ -359,95 +271,101 @@ __device__ __forceinline__ void copy_weights(u32 stages, u32 full, u32 empty, co
         to.next();
         words += WORD_BYTES;
         ++chunk, ++in_step;
-        if (chunk == chunks) {
-            // The next tile's block of this rank: one of the other's lies between.
-            words += static_cast<long long>(chunks) * WORD_BYTES;
-            scales += static_cast<long long>(steps + 1) * ALL_SCALES;
-            zeros += static_cast<long long>(steps + 1) * ALL_ZEROS;
+        if (chunk == chunks) {  // on to the next tile, over the other block's part of it
+            words += u64{chunks} * WORD_BYTES;
+            scales += u64{steps + 1} * ALL_SCALES, zeros += u64{steps + 1} * ALL_ZEROS;
             chunk = in_step = 0;
-        } else if (in_step == chunks_per_group) {
+        } else if (in_step == chunks_per_step) {
             scales += ALL_SCALES, zeros += ALL_ZEROS;
             in_step = 0;
         }
     }
-}
+};
 
-// Copy this block's half of x's chunks into both blocks of the pair.
-__device__ __forceinline__ void copy_x(u32 stages, u32 full, u32 empty, const TensorMap* x,
-                                       u32 rank, int chunk, int chunks, int count) {
-    const int half = static_cast<int>(rank) * (CHUNK / 2);
-    Filled to{stages + rank * (X_BYTES / 2), full, empty};
-#pragma unroll 1
-    for (; count > 0; --count) {
-        barrier_wait(to.empty, to.phase);
-        barrier_expect(to.full, X_BYTES);
-        copy_to_pair(to.at, x, chunk * CHUNK + half, to.full);
-        to.next();
-        if (++chunk == chunks) chunk = 0;
-    }
-}
-
-extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(CONSUMERS + 128, 1)
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
     product(const __grid_constant__ TensorMap x, const u8* __restrict__ words,
             const u8* __restrict__ scales, const u8* __restrict__ zeros, float4* parts,
-            u32* counters, u16* y, int n, int n_out, int tiles, int chunks, int chunks_per_group) {
+            u32* counters, u16* y, u32 n, u32 n_out, u32 tiles, u32 chunks, u32 chunks_per_step,
+            u32 prefetched) {
     extern __shared__ u8 raw[];
     __shared__ alignas(8) u64 barriers[2 * STAGES];
     __shared__ u32 arrived;
+    asm volatile("griddepcontrol.launch_dependents;");
     const u32 stages = (shared_address(raw) + 1023) & ~1023u;
     const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
-    const u32 rank = rank_in_pair();
-    const int pair = blockIdx.x / 2, pairs = gridDim.x / 2;
-    const int units = tiles * chunks;
-    const int begin = start_of(pair, pairs, units), end = start_of(pair + 1, pairs, units);
+    const u32 rank = rank_in_pair(), pair = blockIdx.x / 2, pairs = gridDim.x / 2;
+    const u32 units = tiles * chunks;
+    const u32 begin = start_of(pair, pairs, units), end = start_of(pair + 1, pairs, units);
+    const u32 count = end - begin, ahead = min(count, u32{STAGES}), chunk = begin % chunks;
 
-    asm volatile("griddepcontrol.launch_dependents;");
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < STAGES; ++stage) {
+    const u32 steps = (chunks + chunks_per_step - 1) / chunks_per_step;
+    const u64 block = begin / chunks * 2 + rank, step = block * steps + chunk / chunks_per_step;
+    Weights weights{words + (block * chunks + chunk) * WORD_BYTES, scales + step * ALL_SCALES,
+                    zeros + step * ALL_ZEROS, {stages + X_BYTES, full, empty},
+                    chunk, chunks, chunk % chunks_per_step, chunks_per_step, steps, 0};
+    if (threadIdx.x == CONSUMERS) {
+        for (u32 stage = 0; stage < STAGES; ++stage) {
             barrier_init(full + 8 * stage, 2);  // whoever copies weights, and x
             barrier_init(empty + 8 * stage, 2 * CONSUMERS / 32);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // for the copies of this block
+        asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(weights.once));
+#pragma unroll 1
+        for (u32 i = 0; i < ahead; ++i) weights.copy();
+        weights.prefetch(min(count - ahead, prefetched));
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // for the other's of x
     }
-    pair_sync();
+    __syncwarp();
+    pair_arrive();
+    pair_wait();
 
     if (threadIdx.x >= CONSUMERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        const int chunk = begin % chunks, count = end - begin;
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPIERS_HAVE));
         if (threadIdx.x == CONSUMERS) {
-            copy_weights(stages, full, empty, words, scales, zeros, (begin / chunks) * 2 + rank,
-                         chunk, chunks, chunks_per_group, count);
+#pragma unroll 1
+            for (u32 i = ahead; i < count; ++i) weights.copy();
         } else if (threadIdx.x == CONSUMERS + 32) {
             asm volatile("griddepcontrol.wait;" ::: "memory");
-            copy_x(stages, full, empty, &x, rank, chunk, chunks, count);
+            Place to{stages + rank * (X_BYTES / 2), full, empty};
+            u32 column = chunk * CHUNK + rank * (CHUNK / 2);
+#pragma unroll 1
+            for (u32 i = 0; i < count; ++i) {
+                barrier_wait(to.empty, to.phase);
+                barrier_expect(to.full, X_BYTES);
+                copy_to_pair(to.at, &x, static_cast<int>(column), to.full);
+                to.next();
+                column += CHUNK;
+                if (column >= chunks * CHUNK) column -= chunks * CHUNK;
+            }
         }
         __syncwarp();
+        pair_arrive();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS_HAVE));
         asm volatile("griddepcontrol.wait;" ::: "memory");
+        const Share share{parts, counters, &arrived, rank, pair, pairs, chunks, units};
         Ring ring{stages, full, empty};
         float sum[2][HELD];
         barrier_wait(ring.full, ring.phase);
         Tile held = load<0, 0>(ring);
-        for (int unit = begin; unit < end;) {
-            const int tile = unit / chunks, from = unit;
-            const int until = min(end, (tile + 1) * chunks);
+        for (u32 unit = begin; unit < end;) {
+            const u32 tile = unit / chunks, from = unit;
+            const u32 until = min(end, (tile + 1) * chunks);
 #pragma unroll
             for (int i = 0; i < HELD; ++i) sum[0][i] = sum[1][i] = 0.0f;
             for (; unit + AT_ONCE <= until; unit += AT_ONCE) {
-                take<AT_ONCE>(sum, held, ring, unit + AT_ONCE == end);
+                take<AT_ONCE>(sum, held, ring, end - unit);
             }
-            for (; unit < until; ++unit) take<1>(sum, held, ring, unit + 1 == end);
-            const bool whole = from == tile * chunks && until == (tile + 1) * chunks;
-            if (whole || add_parts(sum, parts, counters, &arrived, tile, pair, pairs, chunks,
-                                   units, rank)) {
+            for (; unit < until; ++unit) take<1>(sum, held, ring, end - unit);
+            if (unit == end) pair_arrive();
+            if (until - from == chunks || add_parts<CONSUMERS>(sum, share, tile)) {
                 // Of the block, a warp's first in its first tile.
-                const int row = static_cast<int>(threadIdx.x) / 128 * 128 + threadIdx.x % 128 / 32 * 16;
-                const int feature = (tile * 2 + static_cast<int>(rank)) * ROWS + row;
+                const u32 row = threadIdx.x / 128 * 128 + threadIdx.x % 128 / 32 * 16;
+                const u32 feature = (tile * 2 + rank) * ROWS + row;
                 store(sum[0], y, n, n_out, feature);
                 store(sum[1], y, n, n_out, feature + 64);
             }
         }
     }
-    pair_sync();  // a block's barriers stand until the other has arrived at them
+    pair_wait();  // the other has all that this block copied for it, and arrives here no more
 }

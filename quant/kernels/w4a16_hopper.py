@@ -22,12 +22,19 @@ import ctypes
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant.kernels import cuda_build
+from quant.kernels.hopper import (
+    MOST_BLOCKS,
+    MOST_UNITS,
+    PREFETCHED_BYTES,
+    multiprocessors,
+    tensor_map,
+    workspace,
+)
 from quant.kernels.int4 import MIDDLE, exact_product, require_prepared, require_rows
 from quant.pack import pack_nibbles, unpack_nibbles
 
@@ -38,9 +45,15 @@ THREADS = CONSUMERS + 128  # and a warpgroup, one thread of which copies
 NARROWEST, WIDEST = 8, 64  # tokens of a launch; more are several launches
 SHARED_BYTES = 200 * 1024  # of the 227 KiB a block may have; the rest is for its neighbours
 STAGE_ALIGNMENT = 1024
-MOST_BLOCKS = 1 << 16  # of 256 outputs
+PREFETCHED = PREFETCHED_BYTES // (ROWS * CHUNK // 2)  # chunks
+# Registers of a thread by tokens: at the start, and of those that multiply after the others gave up
+# theirs. What few tokens leave, other kernels' blocks may have beside this one.
+REGISTERS = {8: (112, 144), 16: (120, 160), 32: (152, 208), 64: (168, 232)}
+COPIERS_HAVE = 40
 SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-SOURCES = tuple(Path(__file__).with_name(n) for n in ("hopper.cuh", "w4a16_hopper.cu"))
+SOURCES = tuple(
+    Path(__file__).with_name(n) for n in ("hopper.cuh", "stream_k.cuh", "w4a16_hopper.cu")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +94,16 @@ class Variant:
         return (SHARED_BYTES - STAGE_ALIGNMENT) // self.stage_bytes
 
     @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a launch."""
+        return self.stages * self.stage_bytes + STAGE_ALIGNMENT
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread at the start, and of one that multiplies."""
+        return next(held for most, held in REGISTERS.items() if self.tokens <= most)
+
+    @property
     def source(self) -> str:
         """The kernel's text, its settings in front."""
         held, kind = self.tokens // 2, "bf16" if self.bf16 else "f16"
@@ -97,6 +120,9 @@ class Variant:
             "SCALE": self.scale,
             "ZEROS": int(self.zeros),
             "SPANS": self.spans,
+            "REGISTERS": self.registers[0],
+            "CONSUMERS_HAVE": self.registers[1],
+            "COPIERS_HAVE": COPIERS_HAVE,
             "WGMMA_LINE": f'"{line}"',
             "WGMMA_ADDS": f'"%{held + 5}"',
             "WGMMA_SUMS(sum)": ", ".join(f'"+f"(sum[{i}])' for i in range(held)),
@@ -152,8 +178,11 @@ def unfit(n: int, k: int, group: int) -> tuple[str, str]:
     """Say what a shape must have and what it has; empty: it is taken."""
     if n % 8 or k % 8:
         return "N and K in multiples of 8", f"N={n}, K={k}"
-    if -(-n // PAIR) * 2 > MOST_BLOCKS:  # as many count their parts
+    tiles = -(-n // PAIR)
+    if 2 * tiles > MOST_BLOCKS:
         return f"N of {MOST_BLOCKS * ROWS} at most", str(n)
+    if tiles * -(-k // CHUNK) > MOST_UNITS:
+        return f"a weight of {MOST_UNITS * PAIR * CHUNK} numbers at most", f"N={n}, K={k}"
     if group == k or (group == CHUNK // 2 and k % group == 0) or group % CHUNK == 0:
         return "", ""
     return f"group_size {CHUNK // 2}, a multiple of {CHUNK} or -1", str(group)
@@ -194,19 +223,19 @@ def _launch(x: Tensor, weight: Prepared, y: Tensor) -> None:
     variant = _variant(weight, x.dtype, n)
     blocks, chunks = weight.words.shape[:2]
     tiles = blocks // 2
-    pairs = min(_multiprocessors(x.device) // 2, tiles * chunks)
-    parts, counters = _workspace(x.device)
+    pairs = min(multiprocessors(x.device) // 2, tiles * chunks)
+    parts, counters = workspace(x.device)
     own_group = max(1, -(-min(weight.group, k) // CHUNK))
     zeros = weight.scales if weight.zeros is None else weight.zeros
     _function(variant, x.device).launch(
         2 * pairs,
         THREADS,
-        variant.stages * variant.stage_bytes + STAGE_ALIGNMENT,
+        variant.shared_bytes,
         [
-            _tensor_map(x, variant.tokens),
+            tensor_map(x, variant.tokens),
             *(ctypes.c_void_p(t.data_ptr()) for t in (weight.words, weight.scales, zeros)),
             *(ctypes.c_void_p(t.data_ptr()) for t in (parts, counters, y)),
-            *(ctypes.c_int(v) for v in (n, weight.shape[0], tiles, chunks, own_group)),
+            *(ctypes.c_uint(v) for v in (n, weight.shape[0], tiles, chunks, own_group, PREFETCHED)),
         ],
         overlapped=True,
     )
@@ -214,50 +243,8 @@ def _launch(x: Tensor, weight: Prepared, y: Tensor) -> None:
 
 @cache
 def _function(variant: Variant, device: torch.device) -> cuda_build.Function:
-    shared = variant.stages * variant.stage_bytes + STAGE_ALIGNMENT
+    shared = variant.shared_bytes
     return cuda_build.function(variant.source, "product", shared_bytes=shared, device=device)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def _workspace(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where blocks leave parts of sums, and count those that did.
-
-    All products of a device share it, since a stream runs them one after the other; products on
-    two streams at once must not.
-    """
-    blocks = _multiprocessors(device)
-    parts = torch.empty(blocks, 2, WIDEST // 4, CONSUMERS, 4, device=device)
-    return parts, torch.zeros(MOST_BLOCKS, dtype=torch.int32, device=device)
-
-
-def _tensor_map(x: Tensor, tokens: int) -> Any:  # noqa: ANN401  the driver's own type
-    """Describe x for copies of [tokens, 64]; what lies outside of it comes as 0."""
-    from cuda.bindings import driver
-
-    kinds = driver.CUtensorMapDataType
-    half, bfloat = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-    u32, u64 = driver.cuuint32_t, driver.cuuint64_t
-    status, made = driver.cuTensorMapEncodeTiled(
-        bfloat if x.dtype == torch.bfloat16 else half,
-        2,
-        x.data_ptr(),
-        [u64(x.shape[1]), u64(x.shape[0])],
-        [u64(x.stride(0) * x.element_size())],
-        [u32(CHUNK // 2), u32(tokens)],
-        [u32(1), u32(1)],
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    if int(status):
-        raise RuntimeError(f"no tensor map of x {list(x.shape)} {x.stride()}: {status!r}")
-    return made
 
 
 def _spans(group: int, k: int) -> int:

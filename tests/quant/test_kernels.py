@@ -165,16 +165,6 @@ def test_what_nobody_measured_goes_to_the_first_that_takes_it() -> None:
     assert choose(layer(w4a16()), "w4a16-g128", HALF, CPU, empty, [one]) is None
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_our_cuda_kernel_is_chosen_only_where_it_was_measured(exact: bool) -> None:
-    kernels = [Taking("humming", takes=False), Taking("cuda"), Taking("torch")]
-    own, label = layer(w4a16()), "w4a16-g128"
-    best = {entry(label, exact=exact): {"256x64": {"float16": "cuda"}}}
-    for found, chosen in ((best, kernels[1]), ({}, kernels[2])):
-        table = Table(machine=MACHINE, best=found)
-        assert choose(own, label, HALF, CPU, table, kernels, exact=exact) is chosen
-
-
 @pytest.mark.parametrize(
     ("measured", "chosen"), [("torch", "torch"), ("reference", None), ("forgotten", "humming")]
 )
