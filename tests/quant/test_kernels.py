@@ -15,7 +15,7 @@ from quant.kernels.choice import choose, named
 from quant.kernels.kernel import Kernel, Rounded
 from quant.kernels.layout import Layout
 from quant.kernels.machine import Machine
-from quant.kernels.table import Table, entry, read_table, table_path, write_table
+from quant.kernels.table import Table, read_table, table_path, write_table
 from quant.kernels.triton_kernel import TritonKernel
 from quant.pack import unpack_nibbles
 from quant.scheme import KERNELS, QuantLinear, Scheme
