@@ -77,15 +77,6 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, u32 colum
         : "memory");
 }
 
-__device__ __forceinline__ void prefetch_in_l2(const void* from, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void prefetch_box_in_l2(const TensorMap* map, u32 column, u32 row) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row)
-                 : "memory");
-}
-
 // A box of a 2-d tensor, its first column given, into both blocks of the pair at the same place.
 __device__ __forceinline__ void copy_to_pair(u32 to, const TensorMap* map, int column, u32 barrier) {
     asm volatile(

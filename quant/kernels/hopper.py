@@ -9,9 +9,6 @@ from torch import Tensor
 SWIZZLED_BYTES = 128  # of a row of a box, as wgmma reads it
 MOST_BLOCKS = 1 << 16  # of output features: as many count their parts
 MOST_UNITS = 1 << 23  # chunks of all tiles, so that times 256 pairs they are counted in 32 bits
-# Bytes of weights a block asks for beyond its ring, so that memory has work while the kernel in
-# front ends; what all blocks ask for must stay well below the L2 (50 MB).
-PREFETCHED_BYTES = 128 * 1024
 MOST_SUMS = 256 * 64  # of a block's tile: features times tokens
 
 

@@ -32,12 +32,13 @@ __device__ __forceinline__ void consumers_sync() {
 
 // Leave a part of a tile's sums for the block that comes last, which adds all parts up in order.
 //
-// sum: of this thread, of TILES tiles of 64 features. True: this block came last and has the whole.
-template <int CONSUMERS, int TILES, int HELD>
+// sum: of this thread, of TILES tiles of 64 features. READS: how many 16 bytes a thread may read at
+// once, as it has registers for. True: this block came last and has the whole.
+template <int CONSUMERS, int READS, int TILES, int HELD>
 __device__ __forceinline__ bool add_parts(float (&sum)[TILES][HELD], const Share& share, u32 tile) {
     constexpr int EACH = HELD / 4, FOURS = TILES * EACH;
-    // Reads that are under way together: of so many numbers, of so many parts.
-    constexpr int BATCH = FOURS < 8 ? FOURS : 8, AT_ONCE = BATCH < 8 ? 16 / BATCH : 1;
+    // Reads that are under way together, 16 bytes each: of so many parts.
+    constexpr int AT_ONCE = FOURS < READS ? READS / FOURS : 1;
     const u32 start = tile * share.chunks;
     const u32 first = pair_of(start, share.pairs, share.units);
     const u32 last = pair_of(start + share.chunks - 1, share.pairs, share.units);
@@ -67,24 +68,21 @@ __device__ __forceinline__ bool add_parts(float (&sum)[TILES][HELD], const Share
     for (int i = 0; i < TILES * HELD; ++i) sum[i / HELD][i % HELD] = 0.0f;
 #pragma unroll 1
     for (u32 pair = first; pair <= last; pair += AT_ONCE) {
+        float4 value[AT_ONCE][FOURS];
 #pragma unroll
-        for (int from = 0; from < FOURS; from += BATCH) {
-            float4 value[AT_ONCE][BATCH];
+        for (int j = 0; j < AT_ONCE; ++j) {
+            const float4* part = part_of(min(pair + j, last));
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j) {
-                const float4* part = part_of(min(pair + j, last)) + from * CONSUMERS;
+            for (int i = 0; i < FOURS; ++i) value[j][i] = __ldcg(part + i * CONSUMERS);
+        }
 #pragma unroll
-                for (int i = 0; i < BATCH && from + i < FOURS; ++i) value[j][i] = __ldcg(part + i * CONSUMERS);
-            }
+        for (int j = 0; j < AT_ONCE; ++j) {
+            if (pair + j > last) break;
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j) {
-                if (pair + j > last) break;
-#pragma unroll
-                for (int i = 0; i < BATCH && from + i < FOURS; ++i) {
-                    float* four = sum[(from + i) / EACH] + (from + i) % EACH * 4;
-                    four[0] += value[j][i].x, four[1] += value[j][i].y;
-                    four[2] += value[j][i].z, four[3] += value[j][i].w;
-                }
+            for (int i = 0; i < FOURS; ++i) {
+                float* four = sum[i / EACH] + i % EACH * 4;
+                four[0] += value[j][i].x, four[1] += value[j][i].y;
+                four[2] += value[j][i].z, four[3] += value[j][i].w;
             }
         }
     }

@@ -80,14 +80,6 @@ struct Copies {
         if (++chunk == chunks) chunk = 0, ++tile;
     }
 
-    // Ask for the weights that follow in this tile, `most` chunks of them, to be brought into L2.
-    __device__ __forceinline__ void prefetch(u32 most) const {
-        const u32 some = min(chunks - chunk, most);
-        for (u32 i = 0; i < some; ++i) {
-            prefetch_box_in_l2(weights, (chunk + i) * CHUNK, (tile * 2 + rank) * ROWS);
-        }
-    }
-
     // Copy a chunk of x if it is this block's turn. at: of the range.
     __device__ __forceinline__ void next_x(u32 at, u32 stage) {
         if (at % 2 == rank) {
@@ -100,8 +92,7 @@ struct Copies {
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(104)
     product(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weights,
-            float4* parts, u32* counters, u16* y, u32 n, u32 n_out, u32 tiles, u32 chunks,
-            u32 prefetched) {
+            float4* parts, u32* counters, u16* y, u32 n, u32 n_out, u32 tiles, u32 chunks) {
     extern __shared__ u8 raw[];
     __shared__ alignas(8) u64 barriers[2 * STAGES];
     __shared__ u32 arrived;
@@ -124,7 +115,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(104)
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // for the copies of this block
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(copy.once));
         for (u32 i = 0; i < ahead; ++i) copy.next_weights(i);
-        copy.prefetch(min(count - ahead, prefetched));
         asm volatile("prefetch.tensormap [%0];" ::"l"(&x) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // for the other's of x
     }
@@ -172,7 +162,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(104)
             }
             if (unit + STAGES <= end) leave(before);
             if (unit == end) pair_arrive();
-            if (many == chunks || add_parts<CONSUMERS>(sum, share, tile)) {
+            if (many == chunks || add_parts<CONSUMERS, 8>(sum, share, tile)) {
                 const u32 warp = threadIdx.x / 128 * (ROWS / 2) + threadIdx.x % 128 / 32 * 16;
 #pragma unroll
                 for (int i = 0; i < TILES; ++i) {

@@ -23,7 +23,6 @@ from quant.kernels import cuda_build
 from quant.kernels.hopper import (
     MOST_BLOCKS,
     MOST_UNITS,
-    PREFETCHED_BYTES,
     multiprocessors,
     tensor_map,
     workspace,
@@ -36,7 +35,6 @@ THREADS = 256 + 32  # that multiply, and a warp, one thread of which copies
 NARROWEST, WIDEST = 8, 64  # tokens of a launch; more are several launches
 SHARED_BYTES = 200 * 1024  # of the 227 KiB a block may have; the rest is for its neighbours
 STAGE_ALIGNMENT = 1024
-PREFETCHED = PREFETCHED_BYTES // (ROWS * CHUNK * 2)  # chunks
 SOURCES = tuple(
     Path(__file__).with_name(n) for n in ("hopper.cuh", "stream_k.cuh", "w16a16_hopper.cu")
 )
@@ -155,10 +153,7 @@ def _launch(x: Tensor, weight: Tensor, y: Tensor) -> None:
             tensor_map(x, variant.tokens),
             tensor_map(weight, ROWS),
             *(ctypes.c_void_p(t.data_ptr()) for t in (parts, counters, y)),
-            *(
-                ctypes.c_uint(v)
-                for v in (len(x), weight.shape[0], cut.tiles, cut.chunks, PREFETCHED)
-            ),
+            *(ctypes.c_uint(v) for v in (len(x), weight.shape[0], cut.tiles, cut.chunks)),
         ],
         overlapped=True,
     )

@@ -26,7 +26,7 @@ constexpr int ROWS = 256;           // output features of a block
 constexpr int CHUNK = 128;          // inputs of a stage
 constexpr int CONSUMERS = 256;      // threads that multiply: two warpgroups, each two tiles of 64
 constexpr int HELD = TOKENS / 2;  // accumulators of a thread
-constexpr u32 AT_ONCE = TOKENS <= 32 ? 2 : 1;  // chunks between two waits for everything
+constexpr u32 AT_ONCE = TOKENS <= 48 ? 2 : 1;  // chunks between two waits for everything
 constexpr int SCALE_BYTES = SCALE == 2 ? 4 : 2;
 constexpr int X_BYTES = TOKENS * CHUNK * 2;
 constexpr int WORD_BYTES = ROWS * CHUNK / 2;
@@ -253,13 +253,6 @@ struct Weights {
     u32 chunk, chunks, in_step, chunks_per_step, steps;
     u64 once;
 
-    // Ask for the words that follow in this tile, `most` chunks of them, to be brought into L2.
-    __device__ __forceinline__ void prefetch(u32 most) const {
-        const u32 some = min(chunks - chunk, most);
-#pragma unroll 1
-        for (u32 i = 0; i < some; ++i) prefetch_in_l2(words + i * WORD_BYTES, WORD_BYTES);
-    }
-
     __device__ __forceinline__ void copy() {
         barrier_wait(to.empty, to.phase);
         barrier_expect(to.full, WORD_BYTES + ALL_SCALES + ALL_ZEROS);
@@ -285,8 +278,7 @@ struct Weights {
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
     product(const __grid_constant__ TensorMap x, const u8* __restrict__ words,
             const u8* __restrict__ scales, const u8* __restrict__ zeros, float4* parts,
-            u32* counters, u16* y, u32 n, u32 n_out, u32 tiles, u32 chunks, u32 chunks_per_step,
-            u32 prefetched) {
+            u32* counters, u16* y, u32 n, u32 n_out, u32 tiles, u32 chunks, u32 chunks_per_step) {
     extern __shared__ u8 raw[];
     __shared__ alignas(8) u64 barriers[2 * STAGES];
     __shared__ u32 arrived;
@@ -312,7 +304,6 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
         asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(weights.once));
 #pragma unroll 1
         for (u32 i = 0; i < ahead; ++i) weights.copy();
-        weights.prefetch(min(count - ahead, prefetched));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // for the other's of x
     }
     __syncwarp();
@@ -358,7 +349,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
             }
             for (; unit < until; ++unit) take<1>(sum, held, ring, end - unit);
             if (unit == end) pair_arrive();
-            if (until - from == chunks || add_parts<CONSUMERS>(sum, share, tile)) {
+            if (until - from == chunks || add_parts<CONSUMERS, 16>(sum, share, tile)) {
                 // Of the block, a warp's first in its first tile.
                 const u32 row = threadIdx.x / 128 * 128 + threadIdx.x % 128 / 32 * 16;
                 const u32 feature = (tile * 2 + rank) * ROWS + row;

@@ -30,7 +30,6 @@ from quant.kernels import cuda_build
 from quant.kernels.hopper import (
     MOST_BLOCKS,
     MOST_UNITS,
-    PREFETCHED_BYTES,
     multiprocessors,
     tensor_map,
     workspace,
@@ -45,10 +44,9 @@ THREADS = CONSUMERS + 128  # and a warpgroup, one thread of which copies
 NARROWEST, WIDEST = 8, 64  # tokens of a launch; more are several launches
 SHARED_BYTES = 200 * 1024  # of the 227 KiB a block may have; the rest is for its neighbours
 STAGE_ALIGNMENT = 1024
-PREFETCHED = PREFETCHED_BYTES // (ROWS * CHUNK // 2)  # chunks
 # Registers of a thread by tokens: at the start, and of those that multiply after the others gave up
 # theirs. What few tokens leave, other kernels' blocks may have beside this one.
-REGISTERS = {8: (112, 144), 16: (120, 160), 32: (152, 208), 64: (168, 232)}
+REGISTERS = {8: (112, 144), 16: (120, 160), 64: (168, 232)}
 COPIERS_HAVE = 40
 SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 SOURCES = tuple(
@@ -235,7 +233,7 @@ def _launch(x: Tensor, weight: Prepared, y: Tensor) -> None:
             tensor_map(x, variant.tokens),
             *(ctypes.c_void_p(t.data_ptr()) for t in (weight.words, weight.scales, zeros)),
             *(ctypes.c_void_p(t.data_ptr()) for t in (parts, counters, y)),
-            *(ctypes.c_uint(v) for v in (n, weight.shape[0], tiles, chunks, own_group, PREFETCHED)),
+            *(ctypes.c_uint(v) for v in (n, weight.shape[0], tiles, chunks, own_group)),
         ],
         overlapped=True,
     )
