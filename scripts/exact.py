@@ -63,7 +63,7 @@ PRICE_HEAD = (
 
 def main() -> int:
     """Run the cases that are named, or all."""
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.stderr.write(f"usage: python -m scripts.exact <folder> [{' | '.join(CASES)}]\n")
         return 2
     out, *words = sys.argv[1:]

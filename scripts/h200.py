@@ -60,7 +60,7 @@ def cases() -> dict[str, list[str]]:
 def main() -> int:
     """Run the cases that are named, or all; then write the tables of all that is recorded."""
     known = cases()
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.stderr.write(f"usage: python -m scripts.h200 <folder> [{TABLES} | case ...]\n")
         return 2
     out, *names = sys.argv[1:]

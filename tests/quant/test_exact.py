@@ -264,6 +264,6 @@ def test_on_a_gpu_every_scheme_has_an_exact_kernel() -> None:
             gpu_layer(label), scheme.label, BFLOAT, device, EMPTY, AVAILABLE, exact=True
         )
         if label in ("qqq-g128", "qoq"):
-            assert chosen is None  # the reference, in tiles
+            assert chosen is None, label  # the reference, in tiles
         else:
-            assert chosen is not None
+            assert chosen is not None, label
