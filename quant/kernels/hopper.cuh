@@ -77,12 +77,29 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, u32 colum
         : "memory");
 }
 
+// A box of a 4-d tensor into this block alone, its first column and its first of the last dimension
+// given; of the two between it takes all.
+__device__ __forceinline__ void copy_box_4d(u32 to, const TensorMap* map, u32 column, u32 last,
+                                            u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3, %3, %4}], [%5], %6;" ::"r"(to), "l"(map), "r"(column), "r"(0), "r"(last),
+        "r"(barrier), "l"(policy)
+        : "memory");
+}
+
 __device__ __forceinline__ void prefetch_in_l2(const void* from, u32 bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void prefetch_box_in_l2(const TensorMap* map, u32 column, u32 row) {
     asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row)
+                 : "memory");
+}
+
+__device__ __forceinline__ void prefetch_box_4d_in_l2(const TensorMap* map, u32 column, u32 last) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %2, %3}];" ::"l"(map),
+                 "r"(column), "r"(0), "r"(last)
                  : "memory");
 }
 
