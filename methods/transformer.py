@@ -16,6 +16,7 @@ from methods.kv import KVCache
 from methods.norm import HeadNorm, RMSNorm
 from methods.rope import Rope
 from methods.window import Window, window
+from quant.kernels.gated import GatedLinear
 from quant.scheme import QuantLinear
 
 
@@ -99,10 +100,16 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, n, D] -> [B, n, D]."""
-        gate_up: Tensor = self.gate_up(x)
-        gated = silu_mul(gate_up.flatten(0, -2))
-        out: Tensor = self.down(gated.view(*gate_up.shape[:-1], -1))
+        out: Tensor = self.down(self._gated(x))
         return out
+
+    def _gated(self, x: Tensor) -> Tensor:
+        """silu(gate) * up, by the layer itself where it gates. [B, n, D] -> [B, n, I]."""
+        if isinstance(self.gate_up, GatedLinear) and self.gate_up.gates(x):
+            gated: Tensor = self.gate_up(x, gated=True)
+            return gated
+        gate_up: Tensor = self.gate_up(x)
+        return silu_mul(gate_up.flatten(0, -2)).view(*gate_up.shape[:-1], -1)
 
 
 class Block(nn.Module):

@@ -19,6 +19,7 @@ SCHEME_FREE = (
         "kernels.choice",
         "kernels.early",
         "kernels.exact",
+        "kernels.gated",
         "kernels.machine",
         "kernels.table",
     ),
