@@ -142,6 +142,110 @@ def test_a_node_is_bit_equal_alone_in_a_chain_and_in_a_tree(
             assert torch.equal(alone, whole[node])
 
 
+def attend_by(
+    few: int,
+    queries: Tensor,
+    cache: Tensor,
+    base: int,
+    scratch: int = 0,
+    *,
+    ancestors: Tensor | None = None,
+) -> Tensor:
+    """Attend with launches that are fine up to `few` programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "FEW", few)
+        return attention.attend(queries, cache, base_of(base), scratch, ancestors=ancestors)
+
+
+COARSE, FINE = 0, 10**9
+CONTEXTS = [1, 63, 64, 65, 255, 256, 257, 300, 1000]
+# 2,100 keys are more than are added at once.
+DEEP = [(1, 1), (3, 64), (70, 255), (70, 1000), (130, 40), (300, 257), (20, 2100)]
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES if ON_GPU else DTYPES[:1])
+@pytest.mark.parametrize("shape", ["chain", "tree"])
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_fine_and_coarse_launches_give_the_same_bits(
+    context: int, shape: str, dtype: torch.dtype
+) -> None:
+    n, heads, groups, dim = 9, 4, 2, 32
+    queries, cache = (
+        draw(n, heads, dim, dtype=dtype),
+        draw(2, groups, context + n, dim, dtype=dtype),
+    )
+    ancestors = None if shape == "chain" else fused.ancestry(random_parents(n), n)[2]
+    fine = attend_by(FINE, queries, cache, context, ancestors=ancestors)
+    coarse = attend_by(COARSE, queries, cache, context, ancestors=ancestors)
+    assert torch.equal(fine, coarse)
+    assert near(fine, exact_attention(queries, cache, context, 0, ancestors))
+
+
+@kernel
+@pytest.mark.parametrize("few", [COARSE, FINE])
+@pytest.mark.parametrize(("n", "context"), DEEP)
+def test_the_last_of_a_path_is_bit_equal_however_much_of_it_is_decided(
+    n: int, context: int, few: int
+) -> None:
+    heads, groups, dim, dtype = 2, 1, 32, torch.float16
+    queries, cache = (
+        draw(n, heads, dim, dtype=dtype),
+        draw(2, groups, context + n, dim, dtype=dtype),
+    )
+    last, other = queries[-1:], FINE - few
+    alone = attend_by(other, last, cache, context + n - 1)
+    assert torch.equal(attend_by(few, last, cache, context, n - 1), alone)
+    path = torch.arange(n, dtype=torch.int32, device=DEVICE)[None]
+    assert torch.equal(attend_by(few, last, cache, context, n - 1, ancestors=path), alone)
+    few_rows = queries[-3:]
+    begin = n - len(few_rows)
+    assert torch.equal(attend_by(few, few_rows, cache, context, begin)[-1:], alone)
+    expected = exact_attention(last, cache, context, n - 1, None)
+    assert near(alone, expected)
+
+
+@kernel
+def test_a_launch_turns_coarse_without_a_change_of_bits() -> None:
+    heads, groups, dim, dtype = 16, 1, 32, torch.float16
+    queries, cache = draw(9, heads, dim, dtype=dtype), draw(2, groups, 140, dim, dtype=dtype)
+    whole = attend_by(COARSE, queries, cache, 120)
+    for n in (1, 4, 5, 8, 9):  # a tile holds four nodes, and 2 programs are fine
+        assert torch.equal(attend_by(2, queries[:n], cache, 120), whole[:n])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [32, 64])
+@pytest.mark.parametrize("context", [*CONTEXTS, 512, 2048, 8192])
+def test_a_node_of_a_large_tree_is_bit_equal_by_fine_and_coarse_launches(
+    context: int, heads: int, dtype: torch.dtype
+) -> None:
+    n, groups, dim = 60, 8, 128
+    queries, cache = (
+        draw(n, heads, dim, dtype=dtype),
+        draw(2, groups, context + n, dim, dtype=dtype),
+    )
+    paths = fused.ancestry(random_parents(n), n)[2]
+    whole = attend_by(COARSE, queries, cache, context, ancestors=paths)
+    assert torch.equal(attend_by(FINE, queries, cache, context, ancestors=paths), whole)
+    assert near(whole, exact_attention(queries, cache, context, 0, paths))
+    for node in (0, 7, n - 1):
+        path = paths[node][paths[node] >= 0].long()
+        line = torch.cat([torch.arange(context, device=DEVICE), context + path])
+        decided = cache[:, :, line].contiguous()
+        chain = queries[path].contiguous()
+        for few in (FINE, COARSE):
+            alone = attend_by(few, queries[node, None], decided, len(line) - 1)
+            assert torch.equal(alone[0], whole[node])
+            assert torch.equal(attend_by(few, chain, decided, context)[-1], whole[node])
+        for some in (2, 8, 16, 32):
+            rows = torch.arange(node, node + some, device=DEVICE) % n
+            read = attend_by(FINE, queries[rows], cache, context, ancestors=paths[rows])
+            assert torch.equal(read[0], whole[node])
+
+
 @kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normed", [False, True])
