@@ -75,23 +75,18 @@ class Packer:
         return RMSNorm(self.tensor(name), eps)
 
     def linear(
-        self,
-        label: str,
-        *modules: str,
-        biased: bool = False,
-        rows: Tensor | None = None,
-        gated: bool = False,
+        self, label: str, *modules: str, biased: bool = False, rows: Tensor | None = None
     ) -> QuantLinear:
         """One layer from those of the file, stacked. label: its name in our model.
 
         biased: whether the file's layers have biases, which the model adds itself. rows: which
-        outputs to take of each; None = all. gated: gates are stacked over what they gate.
+        outputs to take of each; None = all.
         """
         stored = [self._stored(module, biased=biased) for module in modules]
         if rows is not None:
             stored = [(layout, pick(tensors, rows)) for layout, tensors in stored]
         try:
-            layer = self._made(stored, label, gated=gated)
+            layer = self._made(stored, label)
         except ValueError as error:
             kept = any(layout is not None for layout, _ in stored)
             place = ", ".join(modules) if kept else f"{label} in {self.scheme.label}"
@@ -102,21 +97,17 @@ class Packer:
         return layer
 
     def _made(
-        self,
-        stored: Sequence[tuple[Layout | None, dict[str, Tensor]]],
-        label: str,
-        *,
-        gated: bool,
+        self, stored: Sequence[tuple[Layout | None, dict[str, Tensor]]], label: str
     ) -> QuantLinear:
         if any(layout is not None for layout, _ in stored):
             self.mark("weights")
-            return self._taken(stored, gated=gated)
+            return self._taken(stored)
         parts = [tensors["weight"] for _, tensors in stored]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         self.mark("weights")
         packed = self._packed(whole, label)
         self.mark("rounding")
-        return self._fitted(self.scheme, packed, gated=gated)
+        return self._fitted(self.scheme, packed)
 
     def _packed(self, whole: Tensor, label: str) -> dict[str, Tensor]:
         """Pack a weight, in pieces where that is the same: rounding widens what it works on."""
@@ -139,9 +130,7 @@ class Packer:
         with naming(module):
             return layout, layout.read(tensors)
 
-    def _taken(
-        self, stored: Sequence[tuple[Layout | None, dict[str, Tensor]]], *, gated: bool
-    ) -> QuantLinear:
+    def _taken(self, stored: Sequence[tuple[Layout | None, dict[str, Tensor]]]) -> QuantLinear:
         """Take layers as they are stored, each scheme with the kernel that was asked for."""
         assert self.scheme.as_stored, "checked by stored_in"
         schemes = [
@@ -150,14 +139,11 @@ class Packer:
         ]
         parts = [tensors for _, tensors in stored]
         if len(set(schemes)) == 1 and (whole := stack(parts)) is not None:
-            return self._fitted(schemes[0], whole, gated=gated)
-        apart = zip(schemes, parts, strict=True)
-        return StackedLinear([self._fitted(*part, gated=False) for part in apart])
+            return self._fitted(schemes[0], whole)
+        return StackedLinear([self._fitted(*part) for part in zip(schemes, parts, strict=True)])
 
-    def _fitted(self, scheme: Scheme, stored: Mapping[str, Tensor], *, gated: bool) -> QuantLinear:
-        return scheme.linear(
-            stored, dtype=self.dtype, device=self.device, exact=self.exact, gated=gated
-        )
+    def _fitted(self, scheme: Scheme, stored: Mapping[str, Tensor]) -> QuantLinear:
+        return scheme.linear(stored, dtype=self.dtype, device=self.device, exact=self.exact)
 
     def attention(self, label: str, prefix: str, shape: Shape) -> Attention:
         """The attention of one decoder layer; its projections are fused, row by row unchanged."""
@@ -187,7 +173,7 @@ class Packer:
         """The feed-forward layer of one decoder layer."""
         place = f"{prefix}mlp."
         return MLP(
-            gate_up=self.linear(f"{label}.gate_up", *self._parts(place, GATE_UP), gated=True),
+            gate_up=self.linear(f"{label}.gate_up", *self._parts(place, GATE_UP)),
             down=self.linear(f"{label}.down", f"{place}down_proj"),
         )
 

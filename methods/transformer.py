@@ -16,7 +16,6 @@ from methods.kv import KVCache
 from methods.norm import HeadNorm, RMSNorm
 from methods.rope import Rope
 from methods.window import Window, window
-from quant.kernels.gated import GatedLinear
 from quant.scheme import QuantLinear
 
 
@@ -100,16 +99,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, n, D] -> [B, n, D]."""
-        out: Tensor = self.down(self._gated(x))
-        return out
-
-    def _gated(self, x: Tensor) -> Tensor:
-        """silu(gate) * up, by the layer itself where it gates. [B, n, D] -> [B, n, I]."""
-        if isinstance(self.gate_up, GatedLinear) and self.gate_up.gates(x):
-            gated: Tensor = self.gate_up(x, gated=True)
-            return gated
         gate_up: Tensor = self.gate_up(x)
-        return silu_mul(gate_up.flatten(0, -2)).view(*gate_up.shape[:-1], -1)
+        gated = silu_mul(gate_up.flatten(0, -2))
+        out: Tensor = self.down(gated.view(*gate_up.shape[:-1], -1))
+        return out
 
 
 class Block(nn.Module):

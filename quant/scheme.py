@@ -138,17 +138,15 @@ class Scheme(ABC):
         dtype: torch.dtype,
         device: torch.device,
         exact: bool = False,
-        gated: bool = False,
     ) -> QuantLinear:
         """Make the layer on a device, computed by the scheme's kernel. dtype: of activations.
 
-        exact: a row of its product does not depend on how many are read with it. gated: the first
-        half of its outputs are gates of the second (`quant.kernels.gated`). Raises ValueError as
-        `layer`, and where the named kernel cannot compute this layer.
+        exact: a row of its product does not depend on how many are read with it. Raises ValueError
+        as `layer`, and where the named kernel cannot compute this layer.
         """
         from quant.kernels.choice import fit  # kernels know the schemes' layers, not these them
 
-        return fit(self.layer(stored).to(device), self, dtype, exact=exact, gated=gated)
+        return fit(self.layer(stored).to(device), self, dtype, exact=exact)
 
 
 def rows(stored: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ SCHEME_FREE = (
         "kernels.choice",
         "kernels.early",
         "kernels.exact",
-        "kernels.gated",
         "kernels.machine",
         "kernels.table",
     ),

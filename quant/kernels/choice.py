@@ -44,17 +44,11 @@ EXACT_ORDER = ("cuda", "triton", "torch", "humming", "marlin")
 
 
 def fit(
-    layer: QuantLinear,
-    scheme: Scheme,
-    dtype: torch.dtype,
-    *,
-    exact: bool = False,
-    gated: bool = False,
+    layer: QuantLinear, scheme: Scheme, dtype: torch.dtype, *, exact: bool = False
 ) -> QuantLinear:
     """Give a layer, on its device, in the layout of the scheme's kernel. dtype: of activations.
 
-    exact: see `Kernel.inexact`. gated: the layer has gates over ups, which a kernel may gate
-    (`Kernel.fit_gated`). Raises ValueError where a kernel was named and refuses.
+    exact: see `Kernel.inexact`. Raises ValueError where a kernel was named and refuses.
     """
     device = next(layer.buffers()).device
     # What a checkpoint stores dense is no layer of the kernel that was named for its others.
@@ -68,8 +62,7 @@ def fit(
         if reason := chosen.refuses(layer, dtype, device, exact=exact):
             raise ValueError(reason)
     if chosen is not None:
-        laid_out = chosen.fit_gated if gated else chosen.fit
-        return laid_out(layer, dtype, exact=exact)
+        return chosen.fit(layer, dtype, exact=exact)
     return fixed(layer, dtype) if exact else layer
 
 

@@ -5,8 +5,6 @@
 
 A row's bits do not depend on how many rows are read with it, up to as many as a kernel takes; a
 prompt's long chunks are multiplied by cuBLAS, 4-bit ones opened to x's dtype before.
-
-A layer of gates over ups that either kernel multiplies, it gates as well.
 """
 
 import torch
@@ -17,8 +15,6 @@ from quant.dense import DenseLinear
 from quant.kernels import cuda_build, w16a16_hopper
 from quant.kernels import w4a16_hopper as kernel
 from quant.kernels.exact import Tiles
-from quant.kernels.gated import GatedLinear
-from quant.kernels.hopper import SLAB
 from quant.kernels.int4 import DTYPES, Int4Linear, Stored
 from quant.kernels.kernel import Kernel, KernelLinear, Rounded
 from quant.scheme import QuantLinear
@@ -67,17 +63,13 @@ class CudaKernel(Kernel):
 
         An exact one reads a prompt by this kernel too.
         """
-        return _read_in_tiles(_laid_out(layer, dtype, gated=False), dtype, exact=exact)
-
-    def fit_gated(
-        self, layer: QuantLinear, dtype: torch.dtype, *, exact: bool = False
-    ) -> QuantLinear:
-        """Lay a layer out so that it also gates; an exact one does whatever is read."""
-        if layer.out_features % (2 * SLAB):
-            return self.fit(layer, dtype, exact=exact)
-        own = _laid_out(layer, dtype, gated=True)
-        read = _read_in_tiles(own, dtype, exact=exact)
-        return GatedLinear(read, own.gated, dtype, most=None if exact else own.most_tokens)
+        fitted: CudaInt4 | CudaDense
+        if isinstance(layer, DenseLinear):
+            fitted = CudaDense(layer, dtype)
+        else:
+            assert isinstance(layer, WeightOnlyLinear)
+            fitted = CudaInt4(layer, dtype)
+        return Tiles(fitted, dtype, rows=fitted.most_tokens, padded=False) if exact else fitted
 
 
 class CudaInt4(Int4Linear):
@@ -85,21 +77,16 @@ class CudaInt4(Int4Linear):
 
     most_tokens = MOST_TOKENS
 
-    def __init__(self, layer: WeightOnlyLinear, dtype: torch.dtype, *, gated: bool) -> None:
-        """gated: whether `gated` will be asked for."""
+    def __init__(self, layer: WeightOnlyLinear, dtype: torch.dtype) -> None:
         super().__init__(layer, kernel=CudaKernel.name, dtype=dtype)
-        prepared = kernel.prepare(layer.packed, layer.scales, layer.zeros, gated=gated)
+        prepared = kernel.prepare(layer.packed, layer.scales, layer.zeros)
         kernel.build(prepared, dtype)
-        self._group, self._alternate = prepared.group, gated
+        self._group = prepared.group
         self.hold(prepared.words, prepared.scales, prepared.zeros, layer.order)
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply by the kernel. x: [n, K] -> [n, N]."""
         return kernel.matmul(x, self._prepared())
-
-    def gated(self, x: Tensor) -> Tensor:
-        """Multiply by the kernel, and gate. x: [n, K] -> [n, N / 2]."""
-        return kernel.gated(self.ordered(x), self._prepared())
 
     def restored(self) -> Stored:
         """Undo the layout, bit for bit."""
@@ -112,7 +99,6 @@ class CudaInt4(Int4Linear):
             zeros=self.zeros,
             shape=(self.out_features, self.in_features),
             group=self._group,
-            gated=self._alternate,
         )
 
 
@@ -122,13 +108,11 @@ class CudaDense(KernelLinear):
     most_tokens = w16a16_hopper.WIDEST
     weight: Tensor
 
-    def __init__(self, layer: DenseLinear, dtype: torch.dtype, *, gated: bool) -> None:
-        """gated: whether `gated` will be asked for."""
+    def __init__(self, layer: DenseLinear, dtype: torch.dtype) -> None:
         super().__init__(layer, kernel=CudaKernel.name, dtype=dtype)
         self.register_buffer("weight", layer.weight.to(dtype).contiguous())
         self.rounded = Rounded(layer.weight, self.weight)
-        for gates in (False, True) if gated else (False,):
-            w16a16_hopper.build(self.weight, gated=gates)
+        w16a16_hopper.build(self.weight)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply. x: [n, K] -> [n, N]."""
@@ -136,23 +120,6 @@ class CudaDense(KernelLinear):
             return F.linear(x, self.weight)
         return w16a16_hopper.matmul(x, self.weight)
 
-    def gated(self, x: Tensor) -> Tensor:
-        """Multiply by the kernel, and gate. x: [n, K] -> [n, N / 2]."""
-        return w16a16_hopper.gated(x, self.weight)
-
     def reference(self) -> QuantLinear:
         """Give the dense layer."""
         return DenseLinear(self.rounded.restored(self.weight))
-
-
-def _laid_out(layer: QuantLinear, dtype: torch.dtype, *, gated: bool) -> CudaInt4 | CudaDense:
-    if isinstance(layer, DenseLinear):
-        return CudaDense(layer, dtype, gated=gated)
-    assert isinstance(layer, WeightOnlyLinear)
-    return CudaInt4(layer, dtype, gated=gated)
-
-
-def _read_in_tiles(
-    fitted: CudaInt4 | CudaDense, dtype: torch.dtype, *, exact: bool
-) -> KernelLinear:
-    return Tiles(fitted, dtype, rows=fitted.most_tokens, padded=False) if exact else fitted

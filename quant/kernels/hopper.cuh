@@ -77,17 +77,6 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, u32 colum
         : "memory");
 }
 
-// A box of a 4-d tensor into this block alone, its first column and its first of the last dimension
-// given; of the two between it takes all.
-__device__ __forceinline__ void copy_box_4d(u32 to, const TensorMap* map, u32 column, u32 last,
-                                            u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%2, %3, %3, %4}], [%5], %6;" ::"r"(to), "l"(map), "r"(column), "r"(0), "r"(last),
-        "r"(barrier), "l"(policy)
-        : "memory");
-}
-
 // A box of a 2-d tensor, its first column given, into both blocks of the pair at the same place.
 __device__ __forceinline__ void copy_to_pair(u32 to, const TensorMap* map, int column, u32 barrier) {
     asm volatile(

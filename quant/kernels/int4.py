@@ -50,14 +50,10 @@ class Int4Linear(KernelLinear):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply. x: [n, K] -> [n, N]."""
-        x = self.ordered(x)
+        x = x if self.order is None else x.index_select(-1, self.order)
         if len(x) > self.most_tokens:
             return F.linear(x, self._opened(None).opened(self.dtype))
         return self.product(x)
-
-    def ordered(self, x: Tensor) -> Tensor:
-        """Put inputs into the order of the words. x: [n, K]."""
-        return x if self.order is None else x.index_select(-1, self.order)
 
     def reference(self) -> QuantLinear:
         """Unpack."""

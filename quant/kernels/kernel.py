@@ -9,7 +9,6 @@ Letters: n tokens, K in-features, N out-features.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -46,15 +45,6 @@ class Kernel(ABC):
         What may be compiled is compiled here, so that a forward can be captured as a CUDA graph.
         exact: see `inexact`. Raises ValueError where that turns out not to hold.
         """
-
-    def fit_gated(
-        self, layer: QuantLinear, dtype: torch.dtype, *, exact: bool = False
-    ) -> QuantLinear:
-        """Lay out a layer of gates over as many ups: a `GatedLinear` where this kernel gates them.
-
-        Arguments and errors as of `fit`, which is what other kernels do.
-        """
-        return self.fit(layer, dtype, exact=exact)
 
     def refuses(
         self, layer: QuantLinear, dtype: torch.dtype, device: torch.device, *, exact: bool = False
@@ -119,10 +109,6 @@ class KernelLinear(QuantLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply. x: [..., K], contiguous, of the layer's dtype -> [..., N]."""
-        return self.by_rows(x, self.multiply, self.out_features)
-
-    def by_rows(self, x: Tensor, product: Callable[[Tensor], Tensor], width: int) -> Tensor:
-        """Check x, [..., K], and give a product of its rows, [n, width], in its shape."""
         if x.dtype != self.dtype or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x must be {self.dtype} of shape [..., {self.in_features}], "
@@ -131,8 +117,8 @@ class KernelLinear(QuantLinear):
         if not x.is_contiguous():
             raise ValueError(f"x must be contiguous, got strides {list(x.stride())}")
         rows = x.view(-1, self.in_features) if x.numel() else x.new_empty(0, self.in_features)
-        y = product(rows) if len(rows) else x.new_empty(0, width)
-        return y.view(*x.shape[:-1], width)
+        y = self.multiply(rows) if len(rows) else x.new_empty(0, self.out_features)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def dequantize(self) -> Tensor:
         """Give the weight as stored, [N, K] float32, from the kernel's layout."""

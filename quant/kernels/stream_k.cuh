@@ -5,8 +5,7 @@
 // on the shape and the number of pairs alone. A tile that lies in several ranges comes in parts,
 // which are added in the order of the pairs.
 //
-// Comes after hopper.cuh. Set in front of it: BF16, y is bfloat16 instead of float16; GATED, of every
-// 16 features the first 8 are gates and the last 8 are what they gate, and y is silu(gate) * up.
+// Comes after hopper.cuh. Set in front of it: BF16, y is bfloat16 instead of float16.
 
 // Where the range of a pair starts. units * pairs < 2^32.
 __device__ __forceinline__ u32 start_of(u32 pair, u32 pairs, u32 units) { return pair * units / pairs; }
@@ -101,60 +100,23 @@ __device__ __forceinline__ u32 rounded_pair(float first, float second) {
     return out;
 }
 
-#if GATED
-// silu of a pair of y's type, in float32 and rounded to that type. Instruction by instruction what
-// Triton makes of a step's own kernel, which does this where layers do not: the same bits.
-__device__ __forceinline__ float silu(float gate) {
-    float power;
-    asm("{\n.reg .f32 scaled;\n"
-        "mul.rn.f32 scaled, %1, 0fBFB8AA3B;\n"  // -log2(e)
-        "ex2.approx.f32 %0, scaled;\n}"
-        : "=f"(power)
-        : "f"(gate));
-    return __fdiv_rn(gate, __fadd_rn(power, 1.0f));
-}
-
-__device__ __forceinline__ u32 gated_pair(u32 gates, u32 ups) {
-    float first, second;
-    u32 out;
-#if BF16
-    first = __uint_as_float(gates << 16), second = __uint_as_float(gates & 0xffff0000u);
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(rounded_pair(silu(first), silu(second))), "r"(ups));
-#else
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
-        "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
-        : "=f"(first), "=f"(second)
-        : "r"(gates));
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(rounded_pair(silu(first), silu(second))), "r"(ups));
-#endif
-    return out;
-}
-#endif
-
-// Turn 8 features of a warp so that a thread holds two of one token, and store what is real.
-__device__ __forceinline__ void store_pair(u32 pair, u16* y, u32 n, u32 n_out, u32 block, u32 feature) {
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(pair));
-    const u32 token = block * 8 + threadIdx.x % 32 / 4, column = feature + threadIdx.x % 4 * 2;
-    if (token < n && column < n_out) {
-        *reinterpret_cast<u32*>(y + static_cast<u64>(token) * n_out + column) = pair;
-    }
-}
-
-// Round a warp's 16 features, gate 8 by the others where that is asked for, and store them.
+// Round a warp's 16 features, turn so that a thread holds two of one token, store what is real.
 //
-// sum: as wgmma leaves it, so that a thread has features g and g + 8 of two tokens. y: [n, n_out].
-// row: the warp's first of the weight's rows.
+// sum: as wgmma leaves it. y: [n, n_out]. row: the warp's first feature.
 template <int HELD>
 __device__ __forceinline__ void store(const float (&sum)[HELD], u16* y, u32 n, u32 n_out, u32 row) {
+    const u32 lane = threadIdx.x % 32;
 #pragma unroll
     for (int block = 0; block < HELD / 4; ++block) {
-        const u32 first = rounded_pair(sum[block * 4], sum[block * 4 + 1]);
-        const u32 second = rounded_pair(sum[block * 4 + 2], sum[block * 4 + 3]);
-#if GATED
-        store_pair(gated_pair(first, second), y, n, n_out, block, row / 2);
-#else
-        store_pair(first, y, n, n_out, block, row);
-        store_pair(second, y, n, n_out, block, row + 8);
-#endif
+        const u32 token = block * 8 + lane / 4;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            u32 pair = rounded_pair(sum[block * 4 + half * 2], sum[block * 4 + half * 2 + 1]);
+            asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(pair));
+            const u32 feature = row + half * 8 + lane % 4 * 2;
+            if (token < n && feature < n_out) {
+                *reinterpret_cast<u32*>(y + static_cast<u64>(token) * n_out + feature) = pair;
+            }
+        }
     }
 }

@@ -18,7 +18,6 @@
 //   ROWS     output features of a block, a multiple of 128
 //   STAGES   chunks in flight
 //   BF16     weights, x and y are bfloat16 instead of float16
-//   GATED    `weights` tells of slabs of 8 gates and 8 ups, a tensor of 4 dimensions; y is gated
 //   WGMMA_*  the product's instruction for that many tokens, see w16a16_hopper.py
 
 constexpr int CHUNK = 64;           // inputs of a stage: 128 bytes of a row
@@ -76,12 +75,8 @@ struct Copies {
     __device__ __forceinline__ void next_weights(u32 stage) {
         const u32 barrier = full + 8 * stage;
         barrier_expect(barrier, STAGE_BYTES);
-        const u32 to = stages + stage * STAGE_BYTES, column = chunk * CHUNK;
-#if GATED
-        copy_box_4d(to, weights, column, (tile * 2 + rank) * (ROWS / 16), barrier, once);
-#else
-        copy_box(to, weights, column, (tile * 2 + rank) * ROWS, barrier, once);
-#endif
+        copy_box(stages + stage * STAGE_BYTES, weights, chunk * CHUNK, (tile * 2 + rank) * ROWS, barrier,
+                 once);
         if (++chunk == chunks) chunk = 0, ++tile;
     }
 

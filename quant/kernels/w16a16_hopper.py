@@ -6,9 +6,6 @@ How K is parted depends on the shape and the device alone, never on the number o
 kernel is w16a16_hopper.cu. Weights are read where torch has them, [N, K] row by row, in x's dtype;
 what a block or a chunk has beyond N and K comes as zeros.
 
-Of a weight of I gates over as many ups, N = 2 I, `gated` stores silu(gate) * up, each rounded as it
-would be stored. In its boxes slabs of 8 gates and 8 ups alternate (hopper.py): one thread has both.
-
 A block takes 128 outputs. With 256 a long layer takes 2 % less at one token, but 8 % more at 60,
 where a stage is so large that few are in flight; short layers lose as much or more at both, since
 the last block of a tile reads (parts + 1) * outputs * tokens * 4 bytes (H200, LOG.md).
@@ -27,8 +24,6 @@ from quant.kernels.hopper import (
     MOST_BLOCKS,
     MOST_UNITS,
     multiprocessors,
-    require_gates,
-    slab_map,
     tensor_map,
     workspace,
 )
@@ -51,7 +46,6 @@ class Variant:
 
     tokens: int
     bf16: bool
-    gated: bool
 
     @property
     def stage_bytes(self) -> int:
@@ -82,7 +76,6 @@ class Variant:
             "ROWS": ROWS,
             "STAGES": self.stages,
             "BF16": int(self.bf16),
-            "GATED": int(self.gated),
             "WGMMA_LINE": f'"{line}"',
             "WGMMA_SUMS(sum)": ", ".join(f'"+f"(sum[{i}])' for i in range(held)),
         }
@@ -126,32 +119,17 @@ def reference(x: Tensor, weight: Tensor) -> Tensor:
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply. x: [n, K] float16 or bfloat16, rows contiguous; weight: [N, K] -> [n, N]."""
     _require(x, weight)
-    return _product(x, weight, weight.shape[0], gated=False)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    for start in range(0, x.shape[0], WIDEST):
+        _launch(x[start : start + WIDEST], weight, y[start : start + WIDEST])
+    return y
 
 
-def gated(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply, and gate one half by the other, each rounded before. [n, K] -> [n, N / 2].
-
-    weight: N a multiple of 16. Other arguments as of `matmul`.
-    """
-    _require(x, weight)
-    require_gates(len(weight))
-    return _product(x, weight, len(weight) // 2, gated=True)
-
-
-def build(weight: Tensor, *, gated: bool = False) -> None:
-    """Compile what `matmul`, or `gated`, may need of a weight, for every number of tokens."""
+def build(weight: Tensor) -> None:
+    """Compile what `matmul` may need of a weight, for every number of tokens."""
     _require_weight(weight)
     for tokens in range(NARROWEST, WIDEST + 1, NARROWEST):
-        _function(_variant(weight, tokens, gated=gated), weight.device)
-
-
-def _product(x: Tensor, weight: Tensor, width: int, *, gated: bool) -> Tensor:
-    """Launch for every WIDEST rows. -> [n, width]."""
-    y = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
-    for start in range(0, x.shape[0], WIDEST):
-        _launch(x[start : start + WIDEST], weight, y[start : start + WIDEST], gated=gated)
-    return y
+        _function(_variant(weight, tokens), weight.device)
 
 
 def _plan(weight: Tensor) -> Plan:
@@ -159,13 +137,13 @@ def _plan(weight: Tensor) -> Plan:
     return plan(n, k, multiprocessors(weight.device))
 
 
-def _variant(weight: Tensor, n: int, *, gated: bool) -> Variant:
+def _variant(weight: Tensor, n: int) -> Variant:
     tokens = -(-n // NARROWEST) * NARROWEST
-    return Variant(tokens=tokens, bf16=weight.dtype == torch.bfloat16, gated=gated)
+    return Variant(tokens=tokens, bf16=weight.dtype == torch.bfloat16)
 
 
-def _launch(x: Tensor, weight: Tensor, y: Tensor, *, gated: bool) -> None:
-    cut, variant = _plan(weight), _variant(weight, len(x), gated=gated)
+def _launch(x: Tensor, weight: Tensor, y: Tensor) -> None:
+    cut, variant = _plan(weight), _variant(weight, len(x))
     parts, counters = workspace(x.device)
     _function(variant, x.device).launch(
         2 * cut.pairs,
@@ -173,9 +151,9 @@ def _launch(x: Tensor, weight: Tensor, y: Tensor, *, gated: bool) -> None:
         variant.shared_bytes,
         [
             tensor_map(x, variant.tokens),
-            slab_map(weight, ROWS) if gated else tensor_map(weight, ROWS),
+            tensor_map(weight, ROWS),
             *(ctypes.c_void_p(t.data_ptr()) for t in (parts, counters, y)),
-            *(ctypes.c_uint(v) for v in (len(x), y.shape[1], cut.tiles, cut.chunks)),
+            *(ctypes.c_uint(v) for v in (len(x), weight.shape[0], cut.tiles, cut.chunks)),
         ],
         overlapped=True,
     )

@@ -19,7 +19,6 @@
 //   BF16     x and y are bfloat16 instead of float16
 //   SCALE    type of scales: 0 float16, 1 bfloat16, 2 float32
 //   ZEROS    zeros are stored; else every zero is 8
-//   GATED    rows are slabs of 8 gates and 8 ups, and y is gated
 //   SPANS    groups in a chunk: 2 for groups of 64, else 1
 //   WGMMA_*  the product's instruction for that many tokens, see w4a16_hopper.py
 

@@ -16,10 +16,6 @@ whole pairs of blocks and whole chunks with codes and scales that add nothing:
 A word holds what one thread multiplies in one 16-input step of wgmma: of rows g and g + 8 and
 inputs 2c, 2c + 1, 2c + 8, 2c + 9 (g = lane / 4, c = lane % 4), those of one input in the low half
 of the word and of the next in the high half (PTX ISA, wgmma, register fragments of A).
-
-Of a weight of I gates over as many ups, N = 2 I, `gated` stores silu(gate) * up, each rounded as it
-would be stored. For that it is prepared with slabs of 8 gates and 8 ups in turn (hopper.py), before
-it is filled up: one thread has both.
 """
 
 import ctypes
@@ -34,10 +30,7 @@ from quant.kernels import cuda_build
 from quant.kernels.hopper import (
     MOST_BLOCKS,
     MOST_UNITS,
-    alternated,
-    halved,
     multiprocessors,
-    require_gates,
     tensor_map,
     workspace,
 )
@@ -65,7 +58,7 @@ SOURCES = tuple(
 class Prepared:
     """A weight as the kernel reads it; the layouts are told above.
 
-    shape: N and K as stored. group: inputs under one scale. gated: slabs of gates and ups in turn.
+    shape: N and K as stored. group: inputs under one scale.
     """
 
     words: Tensor
@@ -73,7 +66,6 @@ class Prepared:
     zeros: Tensor | None
     shape: tuple[int, int]
     group: int
-    gated: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +77,6 @@ class Variant:
     scale: int  # of SCALE_TYPES
     zeros: bool
     spans: int
-    gated: bool
 
     @property
     def stage_bytes(self) -> int:
@@ -127,7 +118,6 @@ class Variant:
             "SCALE": self.scale,
             "ZEROS": int(self.zeros),
             "SPANS": self.spans,
-            "GATED": int(self.gated),
             "REGISTERS": self.registers[0],
             "CONSUMERS_HAVE": self.registers[1],
             "COPIERS_HAVE": COPIERS_HAVE,
@@ -139,23 +129,16 @@ class Variant:
         return settings + "".join(path.read_text(encoding="utf-8") for path in SOURCES)
 
 
-def prepare(
-    packed: Tensor, scales: Tensor, zeros: Tensor | None, *, gated: bool = False
-) -> Prepared:
+def prepare(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Prepared:
     """Reorder a weight as `quant.weight_only` stores it.
 
-    packed: [N, K / 2] uint8. scales: [N, groups]. zeros: [N, groups] uint8, or None. gated: its
-    first half of rows are gates of the second, N a multiple of 16.
+    packed: [N, K / 2] uint8. scales: [N, groups]. zeros: [N, groups] uint8, or None.
     """
     n, k = packed.shape[0], packed.shape[1] * 2
     group = k // scales.shape[1]
     needed, got = unfit(n, k, group)
     if needed:
         raise ValueError(f"a weight must have {needed}, got {got}")
-    if gated:
-        require_gates(n)
-        packed, scales = alternated(packed), alternated(scales)
-        zeros = None if zeros is None else alternated(zeros)
     codes = unpack_nibbles(packed)
     codes = torch.nn.functional.pad(
         codes, (0, -k % CHUNK, 0, -n % PAIR), value=MIDDLE
@@ -173,7 +156,6 @@ def prepare(
         zeros=None if zeros is None else _steps(zeros, group, k),
         shape=(n, k),
         group=group,
-        gated=gated,
     )
 
 
@@ -186,12 +168,8 @@ def restore(weight: Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
     parts = parts.permute(0, 2, 4, 10, 5, 1, 3, 7, 9, 6, 8)
     codes = parts.reshape(blocks * ROWS, chunks * CHUNK)[:n, :k].contiguous()
     groups = k // weight.group
-    packed, scales = pack_nibbles(codes), _groups(weight.scales, n, groups)
     zeros = None if weight.zeros is None else _groups(weight.zeros, n, groups)
-    if weight.gated:
-        packed, scales = halved(packed), halved(scales)
-        zeros = None if zeros is None else halved(zeros)
-    return packed, scales, zeros
+    return pack_nibbles(codes), _groups(weight.scales, n, groups), zeros
 
 
 def unfit(n: int, k: int, group: int) -> tuple[str, str]:
@@ -216,50 +194,31 @@ def reference(x: Tensor, weight: Prepared) -> Tensor:
 def matmul(x: Tensor, weight: Prepared) -> Tensor:
     """Multiply. x: [n, K] float16 or bfloat16, rows contiguous -> [n, N] of x's dtype."""
     _require(x, weight)
-    y = _product(x, weight, weight.shape[0], gated=False)
-    return halved(y.t()).t().contiguous() if weight.gated else y
-
-
-def gated(x: Tensor, weight: Prepared) -> Tensor:
-    """Multiply, and gate one half by the other, each rounded before. [n, K] -> [n, N / 2].
-
-    weight: prepared so. Other arguments as of `matmul`.
-    """
-    _require(x, weight)
-    if not weight.gated:
-        raise ValueError("weight must be prepared with gated=True, got one that was not")
-    return _product(x, weight, weight.shape[0] // 2, gated=True)
-
-
-def build(weight: Prepared, dtype: torch.dtype) -> None:
-    """Compile what a weight's products may need, for every number of tokens. dtype: of x."""
-    for gates in (False, True) if weight.gated else (False,):
-        for tokens in range(NARROWEST, WIDEST + 1, NARROWEST):
-            _function(_variant(weight, dtype, tokens, gated=gates), weight.words.device)
-
-
-def _product(x: Tensor, weight: Prepared, width: int, *, gated: bool) -> Tensor:
-    """Launch for every WIDEST rows. -> [n, width]."""
-    y = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     for start in range(0, x.shape[0], WIDEST):
-        _launch(x[start : start + WIDEST], weight, y[start : start + WIDEST], gated=gated)
+        _launch(x[start : start + WIDEST], weight, y[start : start + WIDEST])
     return y
 
 
-def _variant(weight: Prepared, dtype: torch.dtype, n: int, *, gated: bool) -> Variant:
+def build(weight: Prepared, dtype: torch.dtype) -> None:
+    """Compile what `matmul` may need of a weight, for every number of tokens. dtype: of x."""
+    for tokens in range(NARROWEST, WIDEST + 1, NARROWEST):
+        _function(_variant(weight, dtype, tokens), weight.words.device)
+
+
+def _variant(weight: Prepared, dtype: torch.dtype, n: int) -> Variant:
     return Variant(
         tokens=-(-n // NARROWEST) * NARROWEST,
         bf16=dtype == torch.bfloat16,
         scale=SCALE_TYPES[weight.scales.dtype],
         zeros=weight.zeros is not None,
         spans=_spans(weight.group, weight.shape[1]),
-        gated=gated,
     )
 
 
-def _launch(x: Tensor, weight: Prepared, y: Tensor, *, gated: bool) -> None:
+def _launch(x: Tensor, weight: Prepared, y: Tensor) -> None:
     n, k = x.shape
-    variant = _variant(weight, x.dtype, n, gated=gated)
+    variant = _variant(weight, x.dtype, n)
     blocks, chunks = weight.words.shape[:2]
     tiles = blocks // 2
     pairs = min(multiprocessors(x.device) // 2, tiles * chunks)
@@ -274,7 +233,7 @@ def _launch(x: Tensor, weight: Prepared, y: Tensor, *, gated: bool) -> None:
             tensor_map(x, variant.tokens),
             *(ctypes.c_void_p(t.data_ptr()) for t in (weight.words, weight.scales, zeros)),
             *(ctypes.c_void_p(t.data_ptr()) for t in (parts, counters, y)),
-            *(ctypes.c_uint(v) for v in (n, y.shape[1], tiles, chunks, own_group)),
+            *(ctypes.c_uint(v) for v in (n, weight.shape[0], tiles, chunks, own_group)),
         ],
         overlapped=True,
     )

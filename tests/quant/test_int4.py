@@ -39,7 +39,7 @@ def laid_out(
 
     monkeypatch.setattr(module, "matmul", matmul)
     if kernel == "cuda":
-        return CudaInt4(layer, torch.float16, gated=False), rows
+        return CudaInt4(layer, torch.float16), rows
     from quant.kernels.triton_kernel import TritonInt4
 
     return TritonInt4(layer, torch.float16), rows

@@ -38,7 +38,7 @@ def drawn(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("tokens", range(kernel.NARROWEST, kernel.WIDEST + 1, kernel.NARROWEST))
 def test_a_ring_of_stages_is_deep_and_leaves_room_for_neighbours(tokens: int) -> None:
-    variant = kernel.Variant(tokens=tokens, bf16=False, gated=False)
+    variant = kernel.Variant(tokens=tokens, bf16=False)
     # Swizzled boxes must start at multiples of 1024 bytes.
     assert variant.stage_bytes % 1024 == 0
     assert kernel.ROWS * 128 % 1024 == 0
@@ -78,18 +78,17 @@ def test_all_chunks_of_all_tiles_are_taken_once_and_evenly(n: int, k: int) -> No
 
 
 def test_the_text_names_the_instruction_of_its_width_and_dtype() -> None:
-    text = kernel.Variant(tokens=16, bf16=True, gated=False).source
+    text = kernel.Variant(tokens=16, bf16=True).source
     assert "m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, adds" in text
     assert text.index("#define ROWS 128") < text.index("struct alignas(64) TensorMap")
     assert text.index("bool add_parts") < text.index("product(const __grid_constant__")
 
 
-@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_widest_variant_compiles(bf16: bool, gated: bool) -> None:
+def test_the_widest_variant_compiles(bf16: bool) -> None:
     if reason := cuda_build.missing():
         pytest.skip(reason)
-    text = kernel.Variant(tokens=kernel.WIDEST, bf16=bf16, gated=gated).source
+    text = kernel.Variant(tokens=kernel.WIDEST, bf16=bf16).source
     assert cuda_build.compiled(text, "sm_90a")
 
 
@@ -139,7 +138,7 @@ def _multiplied_by_torch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.append(len(x))
         return kernel.reference(x, weight).to(x.dtype)
 
-    monkeypatch.setattr(kernel, "build", lambda weight, gated: None)
+    monkeypatch.setattr(kernel, "build", lambda weight: None)
     monkeypatch.setattr(kernel, "matmul", matmul)
     return rows
 
@@ -161,11 +160,11 @@ def test_narrow_reads_are_the_kernels_and_wide_ones_only_where_exact(
 @pytest.mark.usefixtures("_multiplied_by_torch")
 def test_a_weight_of_xs_dtype_is_held_as_it_is_and_another_comes_back() -> None:
     own = DenseLinear(drawn(24, 64, torch.float16))
-    held = CudaDense(own, torch.float16, gated=False)
+    held = CudaDense(own, torch.float16)
     assert held.weight.data_ptr() == own.weight.data_ptr()
     assert held.weight_bytes == own.weight_bytes
     wide = DenseLinear(drawn(24, 64, torch.float32))
-    narrowed = CudaDense(wide, torch.bfloat16, gated=False)
+    narrowed = CudaDense(wide, torch.bfloat16)
     assert narrowed.weight.dtype == torch.bfloat16
     assert torch.equal(narrowed.dequantize(), wide.dequantize())
 
@@ -225,7 +224,7 @@ def test_nothing_is_written_beside_the_product() -> None:
     weight = drawn(264, 200, torch.float16).cuda()
     x = drawn(9, 200, torch.float16, seed=1).cuda()
     pool = torch.full((64, 264), 7.0, dtype=torch.float16, device="cuda")
-    kernel._launch(x, weight, pool[16:25], gated=False)
+    kernel._launch(x, weight, pool[16:25])
     assert torch.equal(pool[16:25], kernel.matmul(x, weight))
     assert bool((pool[:16] == 7).all())
     assert bool((pool[25:] == 7).all())
