@@ -8,7 +8,8 @@ one that is torn is compiled anew.
 import ctypes
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -94,6 +95,13 @@ def function(source: str, name: str, *, shared_bytes: int, device: torch.device)
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(handle, most, shared_bytes))
     return Function(handle, device)
+
+
+def at_once(makers: Iterable[Callable[[], Function]]) -> None:
+    """Make many functions by as many threads as there are processors: NVRTC compiles beside itself."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for made in [pool.submit(make) for make in makers]:
+            made.result()
 
 
 def compiled(source: str, architecture: str) -> bytes:

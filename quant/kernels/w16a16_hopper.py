@@ -13,7 +13,7 @@ the last block of a tile reads (parts + 1) * outputs * tokens * 4 bytes (H200, L
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -128,8 +128,9 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
 def build(weight: Tensor) -> None:
     """Compile what `matmul` may need of a weight, for every number of tokens."""
     _require_weight(weight)
-    for tokens in range(NARROWEST, WIDEST + 1, NARROWEST):
-        _function(_variant(weight, tokens), weight.device)
+    widths = range(NARROWEST, WIDEST + 1, NARROWEST)
+    variants = [_variant(weight, tokens) for tokens in widths]
+    cuda_build.at_once(partial(_function, variant, weight.device) for variant in variants)
 
 
 def _plan(weight: Tensor) -> Plan:

@@ -20,7 +20,7 @@ of the word and of the next in the high half (PTX ISA, wgmma, register fragments
 
 import ctypes
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -202,8 +202,10 @@ def matmul(x: Tensor, weight: Prepared) -> Tensor:
 
 def build(weight: Prepared, dtype: torch.dtype) -> None:
     """Compile what `matmul` may need of a weight, for every number of tokens. dtype: of x."""
-    for tokens in range(NARROWEST, WIDEST + 1, NARROWEST):
-        _function(_variant(weight, dtype, tokens), weight.words.device)
+    device = weight.words.device
+    widths = range(NARROWEST, WIDEST + 1, NARROWEST)
+    variants = [_variant(weight, dtype, tokens) for tokens in widths]
+    cuda_build.at_once(partial(_function, variant, device) for variant in variants)
 
 
 def _variant(weight: Prepared, dtype: torch.dtype, n: int) -> Variant:

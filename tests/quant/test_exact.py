@@ -263,7 +263,7 @@ def test_on_a_gpu_every_scheme_has_an_exact_kernel() -> None:
         chosen = choose(
             gpu_layer(label), scheme.label, BFLOAT, device, EMPTY, AVAILABLE, exact=True
         )
-        if label in ("qqq-g128", "qoq"):
+        if label in ("qqq-g128", "qoq", "w8a16"):  # humming takes w8a16 in float16 alone
             assert chosen is None, label  # the reference, in tiles
         else:
             assert chosen is not None, label
