@@ -35,9 +35,8 @@ STEPS = tl.constexpr(4)  # of a split
 ROWS = tl.constexpr(64)
 # Splits that are added at once.
 BATCH = tl.constexpr(8)
-# A launch is fine up to so many programs of whole splits; beyond, pieces cost more than the wait
-# that more programs share (H200: one node after 512, 32 programs: 6.9 us for 8.7; after 4,096: 17.7
-# for 12.6).
+# A launch is fine up to so many programs of whole splits; beyond, pieces cost more than waits that
+# are shared (H200, one node: 6.9 us for 8.7 after 512, 17.7 for 12.6 after 4,096).
 FEW = 32
 # Loads in flight and warps of a program; warps that add one head's splits: 4 of them took 10 us
 # more at 60 nodes.
