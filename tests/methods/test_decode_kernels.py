@@ -315,20 +315,55 @@ def test_silu_mul_gates(n: int, inner: int, dtype: torch.dtype) -> None:
     assert near(gate.silu_mul(gate_up), F.silu(first) * second)
 
 
+def with_many_equals(m: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """Logits of few values, both zeros among them, a row's first half impossible."""
+    logits = (draw(m, vocabulary) * 4).round().to(dtype) / 2
+    logits[0, : vocabulary // 2] = -torch.inf
+    return logits
+
+
 @kernel
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "vocabulary", "k"), [(1, 40, 1), (3, 5000, 10), (2, 4097, 32)])
+@pytest.mark.parametrize(
+    ("m", "vocabulary", "k"),
+    [
+        (1, 40, 1),
+        (3, 5000, 10),
+        (2, 4097, 32),
+        (1, 16, 16),
+        (2, 6151, 13),
+        (1, 2304, 300),  # more than a block has chunks, and than the last block has tokens
+        *[(10, 128256, 10), (64, 32003, 1), (1, 128256, 16)] * ON_GPU,
+    ],
+)
 def test_the_best_are_those_of_a_stable_sort(
     m: int, vocabulary: int, k: int, dtype: torch.dtype
 ) -> None:
-    logits = (draw(m, vocabulary) * 4).round().to(dtype) / 2  # many equals, and both zeros
-    logits[0, : vocabulary // 2] = -torch.inf  # a block of nothing
-    logprobs, ids = best.best(logits, k)
-    expected = logits.float().sort(dim=-1, descending=True, stable=True)
-    assert torch.equal(ids, expected.indices[:, :k])
-    scores = logits.double().log_softmax(dim=-1).gather(-1, ids)
-    torch.testing.assert_close(logprobs.double(), scores, rtol=1e-5, atol=1e-5)
-    assert torch.equal(best.argmax(logits), expected.indices[:, 0])
+    equals = with_many_equals(m, vocabulary, dtype)
+    for logits in (equals, draw(m, vocabulary, dtype=dtype)):
+        logprobs, ids = best.best(logits, k)
+        expected = logits.float().sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(ids, expected.indices[:, :k])
+        scores = logits.double().log_softmax(dim=-1).gather(-1, ids)
+        torch.testing.assert_close(logprobs.double(), scores, rtol=1e-5, atol=1e-5)
+        assert torch.equal(best.argmax(logits), expected.indices[:, 0])
+
+
+@kernel
+@pytest.mark.parametrize("k", range(1, 17))
+def test_the_best_of_tokens_that_are_all_equal_are_the_first(k: int) -> None:
+    logits = torch.zeros(1, 2100, dtype=torch.float16, device=DEVICE)
+    logits[0, ::2] = -0.0
+    assert best.best(logits, k)[1].tolist() == [list(range(k))]
+
+
+@kernel
+def test_wide_keys_order_half_precision_as_narrow_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = with_many_equals(2, 5000, torch.float16)
+    narrow = best.best(logits, 10)
+    monkeypatch.setattr(best, "NARROW", 0)
+    for got, expected in zip(best.best(logits, 10), narrow, strict=True):
+        assert torch.equal(got, expected)
 
 
 @kernel
