@@ -22,6 +22,13 @@ NARROW = 1 << 16
 
 
 @triton.jit
+def ordered(number):
+    """Make integers that order as float32 numbers do, both zeros equal, and never the lowest."""
+    bits = number.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+@triton.jit
 def _key(value, place, WIDE: tl.constexpr):
     """Make one integer that orders by value, and puts the lower place first among equals.
 
@@ -29,13 +36,12 @@ def _key(value, place, WIDE: tl.constexpr):
     are equal, and the lowest integer is no number's.
     """
     if WIDE:
-        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
-        ordered = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits).to(tl.int64)
-        key = (ordered << 32) | (0x7FFFFFFF - place).to(tl.int64)
+        order = ordered(value.to(tl.float32)).to(tl.int64)
+        key = (order << 32) | (0x7FFFFFFF - place).to(tl.int64)
     else:
         bits = value.to(tl.int16, bitcast=True).to(tl.int32)
-        ordered = tl.where(bits < 0, -(bits & 0x7FFF), bits)
-        key = (ordered << 16) | (0xFFFF - place)
+        order = tl.where(bits < 0, -(bits & 0x7FFF), bits)
+        key = (order << 16) | (0xFFFF - place)
     return key
 
 
@@ -43,12 +49,12 @@ def _key(value, place, WIDE: tl.constexpr):
 def _value(key, dtype: tl.constexpr, WIDE: tl.constexpr):
     """Give a key's value back, in float32. dtype: what `_key` was given."""
     if WIDE:
-        ordered = (key >> 32).to(tl.int32)
-        bits = tl.where(ordered < 0, (-ordered) | -0x80000000, ordered)
+        order = (key >> 32).to(tl.int32)
+        bits = tl.where(order < 0, (-order) | -0x80000000, order)
         value = bits.to(tl.float32, bitcast=True)
     else:
-        ordered = key >> 16
-        bits = tl.where(ordered < 0, (-ordered) | 0x8000, ordered)
+        order = key >> 16
+        bits = tl.where(order < 0, (-order) | 0x8000, order)
         value = bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
     return value
 
@@ -56,11 +62,7 @@ def _value(key, dtype: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def _place(key, WIDE: tl.constexpr):
     """Give a key's place back."""
-    if WIDE:
-        place = 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
-    else:
-        place = 0xFFFF - (key & 0xFFFF)
-    return place
+    return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32) if WIDE else 0xFFFF - (key & 0xFFFF)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from methods import fused
+from methods.candidates import Candidates, Level
 from methods.kernels import reference
 from methods.rope import Rope, rotate
 from quant.grid import round_tokens
@@ -27,7 +28,7 @@ FEW = slice(None if ON_GPU else 2)
 EPSILON = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}
 
 if INTERPRETED or ON_GPU:
-    from methods.kernels import attention, best, commit, gate, norm, rope_write, tree
+    from methods.kernels import attention, best, candidates, commit, gate, norm, rope_write, tree
     from quant.kernels import w8a8_triton
     from quant.kernels.tokens_triton import round_rows as round_in_one_pass
 
@@ -373,6 +374,82 @@ def test_a_certain_token_has_no_probability_above_one() -> None:
     logprobs, ids = best.best(logits, 2)
     assert ids.tolist() == [[2999, 0]]
     assert logprobs[0, 0] == 0
+
+
+def expanded(
+    expand: Callable[..., Level],
+    scores: Tensor,
+    logprobs: Tensor,
+    *,
+    kept: Tensor | None,
+    deep: int,
+    column: int,
+) -> list[Tensor]:
+    """Everything that `expand` gives for a level behind 3 other candidates."""
+    n, k = logprobs.shape
+    integers, first, width = torch.arange(2 * n, device=DEVICE).view(2, n), 3, 1100
+    level = Level(
+        tokens=integers[0],
+        positions=20 + integers[0],
+        places=integers[1] if n > 1 else torch.full((1,), -1, device=DEVICE),
+        scores=scores,
+        hidden=torch.empty(n, width, device=DEVICE),
+        ancestors=torch.arange(n * deep, dtype=torch.int32, device=DEVICE).view(n, deep),
+    )
+    found = Candidates.empty(first + n * k + 2, DEVICE)
+    for values in (found.tokens, found.parents, found.scores):
+        values.fill_(-7)
+    torch.manual_seed(1)
+    ids, output = torch.randint(0, 90, (n, k), device=DEVICE), draw(n, width, dtype=torch.float16)
+    out = expand(level, found, output, logprobs, ids, kept, first=first, column=column, slot=11 + n)
+    return [*vars(out).values(), *vars(found).values()]
+
+
+@kernel
+@pytest.mark.parametrize("k", range(1, 17))
+@pytest.mark.parametrize("below_root", [False, True])
+@pytest.mark.parametrize(("mapped", "tied"), [(False, True), (True, False)])
+def test_a_level_expands_as_by_a_stable_sort(
+    k: int, below_root: bool, mapped: bool, tied: bool
+) -> None:
+    n = 1 if below_root else k
+    scores = torch.zeros(1, device=DEVICE) if below_root else -draw(k).abs()
+    logprobs = -draw(n, k).abs()
+    if tied:
+        scores, logprobs = scores.round(), logprobs.round()
+        logprobs[-1, k // 2 :] = -torch.inf
+    logprobs = logprobs.sort(dim=-1, descending=True).values
+    kept = torch.randint(0, 1000, (90,), device=DEVICE) if mapped else None
+    for deep, column in ((5, 3), (4, 4)):  # within a path, and behind the longest
+        settings = {"kept": kept, "deep": deep, "column": column}
+        got = expanded(candidates.expand, scores, logprobs, **settings)
+        expected = expanded(reference.expand, scores, logprobs, **settings)
+        for mine, theirs in zip(got, expected, strict=True):
+            assert mine.dtype == theirs.dtype
+            assert torch.equal(mine, theirs)
+
+
+@kernel
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("k", [1, 3, 10, 16])
+def test_pruning_keeps_what_a_stable_sort_keeps(k: int, tied: bool) -> None:
+    parents, scores = [torch.full((k,), -1, device=DEVICE)], [-draw(k).abs()]
+    for _ in range(2):
+        earlier = torch.cat(scores)
+        newest = torch.arange(len(earlier), device=DEVICE)[-k:]
+        parents.append(newest.repeat_interleave(k))
+        scores.append(earlier[parents[-1]] - draw(k * k).abs())
+    made = Candidates(
+        tokens=torch.randint(0, 1000, (k + 2 * k * k,), device=DEVICE),
+        parents=torch.cat(parents),
+        scores=(torch.cat(scores) * 2).round() if tied else torch.cat(scores),
+    )
+    root = torch.tensor([1234], device=DEVICE)
+    for keep in {1, k, 2 * k, k + k * k, k + 2 * k * k}:
+        got = candidates.prune(root, made, keep=keep)
+        expected = reference.prune(root, made, keep=keep)
+        for mine, theirs in zip(got, expected, strict=True):
+            assert torch.equal(mine, theirs)
 
 
 @kernel
