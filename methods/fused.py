@@ -87,6 +87,30 @@ def rope_write(
     )
 
 
+def join(table: Tensor, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Put each token's row of a table beside its hidden vector. tokens: [n] -> [n, 2D].
+
+    table: [N, D]. hidden: [n, D], of the same dtype.
+    """
+    if fuses(hidden):
+        from methods.kernels import join as kernel
+
+        assert table.is_contiguous()
+        assert table.dtype == hidden.dtype
+        return kernel.join(table, tokens.contiguous(), hidden.contiguous())
+    return torch.cat([table[tokens], hidden], dim=1)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """Add, rounded to the dtype. x: [n, D]; y: [n, D], or [D] for all rows, of the same dtype."""
+    if fuses(x):
+        from methods.kernels import join as kernel
+
+        assert x.dtype == y.dtype
+        return kernel.add(x.contiguous(), y.contiguous())
+    return x + y
+
+
 def add_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:

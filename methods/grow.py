@@ -18,7 +18,6 @@ Letters: m pairs, K top_k, D hidden, F width of the target's features, V draft v
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.candidates import Candidates, Level
@@ -58,11 +57,11 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def layer(
         self,
-        embedded: Tensor,
+        tokens: Tensor,
         hidden: Tensor,
         view: Window,
     ) -> Tensor:
-        """Run the head's one layer. embedded, hidden: [1, m, D] -> [1, m, D]."""
+        """Run the head's one layer. tokens: [m]; hidden: [m, D] -> [m, D]."""
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
@@ -83,8 +82,7 @@ class Head(nn.Module, ABC):
         ancestors, base: as in `methods.window`.
         """
         view = window(kv, positions, ancestors, base=base)
-        embedded = F.embedding(tokens, self.embedding)
-        output = self.layer(embedded[None], hidden[None], view)[0]
+        output = self.layer(tokens, hidden, view)
         kv.extend(len(tokens))
         return output
 

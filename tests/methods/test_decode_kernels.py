@@ -28,7 +28,17 @@ FEW = slice(None if ON_GPU else 2)
 EPSILON = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}
 
 if INTERPRETED or ON_GPU:
-    from methods.kernels import attention, best, candidates, commit, gate, norm, rope_write, tree
+    from methods.kernels import (
+        attention,
+        best,
+        candidates,
+        commit,
+        gate,
+        join,
+        norm,
+        rope_write,
+        tree,
+    )
     from quant.kernels import w8a8_triton
     from quant.kernels.tokens_triton import round_rows as round_in_one_pass
 
@@ -305,6 +315,22 @@ def test_rounding_after_the_norm_is_that_of_the_grid(dtype: torch.dtype) -> None
     assert torch.equal(tokens.codes, expected.codes)
     assert torch.equal(tokens.scale, expected.scale)
     assert torch.equal(summed, x + residual)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "width"), [(1, 96), (3, 5000)])
+def test_a_heads_rows_are_joined_and_added_as_torch_does(
+    n: int, width: int, dtype: torch.dtype
+) -> None:
+    table, hidden, bias = (
+        draw(*shape, dtype=dtype) for shape in [(9, width), (n, width), (width,)]
+    )
+    tokens = torch.tensor([8, 0, 5], device=DEVICE)[:n]
+    joined = torch.cat([table[tokens], hidden], dim=1)
+    assert torch.equal(join.join(table, tokens, hidden), joined)
+    assert torch.equal(join.add(hidden, table[:n]), hidden + table[:n])
+    assert torch.equal(join.add(hidden, bias), hidden + bias)
 
 
 @kernel
