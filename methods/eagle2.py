@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from methods.checkpoint import load_lm_head
+from methods.fused import add, join
 from methods.grow import Head
 from methods.head import EAGLE, FLOATS, HeadFiles, kept_rows, open_head
 from methods.head_shapes import EAGLE2_PREFIX as PREFIX
@@ -72,16 +73,16 @@ class Eagle2Head(Head):
 
     def layer(
         self,
-        embedded: Tensor,
+        tokens: Tensor,
         hidden: Tensor,
         view: Window,
     ) -> Tensor:
         """Fuse embedding and hidden stream, then one decoder layer."""
-        x = self.fc(torch.cat([embedded, hidden], dim=-1))
+        x = self.fc(join(self.embedding, tokens, hidden))
         if self.fc_bias is not None:
-            x = x + self.fc_bias
-        _, stream, delta = self.block(x, None, view, 0)
-        out: Tensor = stream + delta
+            x = add(x, self.fc_bias)
+        _, stream, delta = self.block(x[None], None, view, 0)
+        out = add(stream[0], delta[0])
         return out if self.leaving is None else out @ self.leaving
 
     def logits(self, hidden: Tensor) -> Tensor:

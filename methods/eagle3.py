@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from methods.architecture import FUSED, QKV
+from methods.fused import add
 from methods.grow import Head
 from methods.head import EAGLE3, FLOATS, HeadFiles, kept_rows, open_head
 from methods.head_shapes import EAGLE3_EMBEDDING_NORM as EMBEDDING_NORM
@@ -80,16 +82,17 @@ class Eagle3Head(Head):
 
     def layer(
         self,
-        embedded: Tensor,
+        tokens: Tensor,
         hidden: Tensor,
         view: Window,
     ) -> Tensor:
         """Attend over embedding and hidden side by side; add to the hidden stream."""
         normed = self.hidden_norm(hidden)
-        both = torch.cat([self.embedding_norm(embedded), normed], dim=-1)
+        embedded = self.embedding_norm(F.embedding(tokens, self.embedding))
         residual = normed if self.norm_before_residual else hidden
-        normed, x = self.mlp_norm.add(residual, self.attention(both, view, 0))
-        out: Tensor = x + self.mlp(normed)
+        attended = self.attention(torch.cat([embedded, normed], dim=1)[None], view, 0)[0]
+        normed, x = self.mlp_norm.add(residual, attended)
+        out = add(x, self.mlp(normed))
         return self.norm(out) if self.norm_output else out
 
     def logits(self, hidden: Tensor) -> Tensor:

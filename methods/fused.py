@@ -10,6 +10,7 @@ D hidden, I inner width of the feed-forward layer, V vocabulary, L layers.
 import torch
 from torch import Tensor
 
+from methods.candidates import Candidates, Level
 from methods.kernels import reference
 from quant.grid import Tokens
 
@@ -86,6 +87,30 @@ def rope_write(
     )
 
 
+def join(table: Tensor, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Put each token's row of a table beside its hidden vector. tokens: [n] -> [n, 2D].
+
+    table: [N, D]. hidden: [n, D], of the same dtype.
+    """
+    if fuses(hidden):
+        from methods.kernels import join as kernel
+
+        assert table.is_contiguous()
+        assert table.dtype == hidden.dtype
+        return kernel.join(table, tokens.contiguous(), hidden.contiguous())
+    return torch.cat([table[tokens], hidden], dim=1)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """Add, rounded to the dtype. x: [n, D]; y: [n, D], or [D] for all rows, of the same dtype."""
+    if fuses(x):
+        from methods.kernels import join as kernel
+
+        assert x.dtype == y.dtype
+        return kernel.add(x.contiguous(), y.contiguous())
+    return x + y
+
+
 def add_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -144,6 +169,50 @@ def argmax(logits: Tensor) -> Tensor:
 
         return kernel.argmax(logits)
     return reference.argmax(logits)
+
+
+def expand(
+    level: Level,
+    candidates: Candidates,
+    output: Tensor,
+    logprobs: Tensor,
+    ids: Tensor,
+    kept: Tensor | None,
+    *,
+    first: int,
+    column: int,
+    slot: int,
+) -> Level:
+    """Let each node of a level have k children; the best k of all children are the next level.
+
+    By the probability of the whole path, the earliest of equals first. output: [m, D], what the
+    head gave at the level's nodes. logprobs, ids: [m, k], of their likeliest tokens, best first.
+    kept: the target's id of each of these ids; None where they are the same.
+
+    All children become candidates, from place `first` on, a parent's together. `column` of
+    ancestors is the next level's own, whose nodes will lie in scratch from `slot` on.
+    """
+    if fuses(output):
+        from methods.kernels import candidates as kernel
+
+        place = {"first": first, "column": column, "slot": slot}
+        return kernel.expand(level, candidates, output, logprobs, ids, kept, **place)
+    return reference.expand(
+        level, candidates, output, logprobs, ids, kept, first=first, column=column, slot=slot
+    )
+
+
+def prune(root: Tensor, candidates: Candidates, *, keep: int) -> tuple[Tensor, Tensor]:
+    """Keep the best `keep` candidates below the root, [1]: tokens and parents of a `Tree`.
+
+    In order of place. Of equals the earlier stays, so that no child loses its parent.
+    """
+    assert 0 <= keep <= len(candidates.tokens)
+    if candidates.scores.is_cuda:
+        from methods.kernels import candidates as kernel
+
+        return kernel.prune(root, candidates, keep=keep)
+    return reference.prune(root, candidates, keep=keep)
 
 
 def ancestry(parents: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,14 +16,13 @@ Letters: m pairs, K top_k, D hidden, F width of the target's features, V draft v
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from methods.candidates import Candidates, Level
 from methods.decode import PREFILL_CHUNK, Drafter, Mark, State, unmarked
-from methods.fused import attends, best
+from methods.fused import attends, best, expand, prune
 from methods.graph import GRAPHS, Captured
 from methods.kv import KVCache
 from methods.recipe import Parts
@@ -58,19 +57,15 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def layer(
         self,
-        embedded: Tensor,
+        tokens: Tensor,
         hidden: Tensor,
         view: Window,
     ) -> Tensor:
-        """Run the head's one layer. embedded, hidden: [1, m, D] -> [1, m, D]."""
+        """Run the head's one layer. tokens: [m]; hidden: [m, D] -> [m, D]."""
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Score the next token. [m, D] -> [m, V]."""
-
-    def to_target(self, ids: Tensor) -> Tensor:
-        """Translate draft vocabulary to the target's."""
-        return ids if self.kept is None else self.kept[ids]
 
     def forward(
         self,
@@ -87,8 +82,7 @@ class Head(nn.Module, ABC):
         ancestors, base: as in `methods.window`.
         """
         view = window(kv, positions, ancestors, base=base)
-        embedded = F.embedding(tokens, self.embedding)
-        output = self.layer(embedded[None], hidden[None], view)[0]
+        output = self.layer(tokens, hidden, view)
         kv.extend(len(tokens))
         return output
 
@@ -105,21 +99,6 @@ class Head(nn.Module, ABC):
                 capacity, self.shape.head_dim, self.embedding.dtype, self.embedding.device
             ),
         )
-
-
-@dataclass
-class _Level:
-    """The nodes that are expanded next, and how the pool knows them.
-
-    tokens, scores, pool: [K]; hidden: [K, D], of their parents; ancestors: [K, m + depth] int32,
-    the scratch slots of their paths.
-    """
-
-    tokens: Tensor
-    scores: Tensor
-    pool: Tensor
-    hidden: Tensor
-    ancestors: Tensor
 
 
 class TreeDrafter(Drafter):
@@ -209,70 +188,29 @@ class TreeDrafter(Drafter):
         k, m = self.top_k, len(features)
         base, read = fresh[:1], fresh[1:]
         positions = base + torch.arange(m, device=self.device)
-        output = self.head(read, self.head.enter(features), positions, self.kv, None, base=base)[
-            -1:
-        ]
-        slots = torch.arange(m + k, dtype=torch.int32, device=self.device)
-        own = slots[m:, None]
-        scores, tokens = self._best(output)
-        pool_scores, pool_tokens = [scores[0]], [tokens[0]]
-        pool_parents = [torch.full_like(tokens[0], -1)]
-        level = _Level(
-            tokens=tokens[0],
-            scores=scores[0],
-            pool=torch.arange(k, device=self.device),
-            hidden=output.repeat(k, 1),
-            ancestors=torch.cat([slots[:m].expand(k, m), own], dim=1),
-        )
-        for step in range(self.depth - 1):
-            positions = (base + m + step).repeat(k)
-            # Padded to one depth, so that all levels are read by one compiled kernel.
-            ancestors = F.pad(level.ancestors, (0, self.depth - 1 - step), value=-1)
-            hidden = self.head(level.tokens, level.hidden, positions, self.kv, ancestors, base=base)
-            scores, tokens = self._best(hidden)
-            paths = (level.scores[:, None] + scores).flatten()
-            pool_scores.append(paths)
-            pool_tokens.append(tokens.flatten())
-            pool_parents.append(level.pool.repeat_interleave(k))
-            kept_scores, kept = paths.topk(k)
-            parent = kept // k
-            level = _Level(
-                tokens=tokens.flatten()[kept],
-                scores=kept_scores,
-                pool=k + step * k * k + kept,
-                hidden=hidden[parent],
-                ancestors=torch.cat([level.ancestors[parent], own + (step + 1) * k], dim=1),
+        entered = self.head.enter(features)
+        output = self.head(read, entered, positions, self.kv, None, base=base)[-1:]
+        # Paths are padded to one depth, so that all levels are read by one compiled kernel.
+        level = Level.root(read, positions, entered, deeper=self.depth - 1)
+        candidates = Candidates.empty(k + (self.depth - 1) * k**2, self.device)
+        first = 0
+        for step in range(self.depth):
+            if step > 0:
+                output = self.head(
+                    level.tokens, level.hidden, level.positions, self.kv, level.ancestors, base=base
+                )
+            logprobs, ids = best(self.head.logits(output), k)
+            level = expand(
+                level,
+                candidates,
+                output,
+                logprobs,
+                ids,
+                self.head.kept,
+                first=first,
+                column=m + step,
+                slot=self.kv.scratch,
             )
+            first += ids.numel()
         self.kv.scratch = 0
-        return prune(
-            read[-1:],
-            tokens=torch.cat(pool_tokens),
-            parents=torch.cat(pool_parents),
-            scores=torch.cat(pool_scores),
-            keep=self.nodes - 1,
-        )
-
-    def _best(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest next tokens: log-probabilities and target ids, each [m, K]."""
-        scores, ids = best(self.head.logits(hidden), self.top_k)
-        return scores, self.head.to_target(ids)
-
-
-def prune(
-    root: Tensor, *, tokens: Tensor, parents: Tensor, scores: Tensor, keep: int
-) -> tuple[Tensor, Tensor]:
-    """Keep the best `keep` candidates below the root: tokens and parents of a `Tree`.
-
-    root: [1]. tokens, parents, scores: [c]; parents[i] is an earlier candidate, or -1 for the
-    root, and never scores below its child. Of equals the earlier stays, so that no child loses its
-    parent.
-    """
-    order = scores.sort(descending=True, stable=True).indices[:keep]
-    kept = order.sort().values
-    place = torch.zeros(len(tokens) + 1, dtype=torch.int64, device=tokens.device)
-    place[kept] = torch.arange(1, len(kept) + 1, device=tokens.device)
-    # Candidate -1, the root, indexes the last entry of `place`, which stays 0.
-    return (
-        torch.cat([root, tokens[kept]]),
-        torch.cat([torch.full_like(root, -1), place[parents[kept]]]),
-    )
+        return prune(read[-1:], candidates, keep=self.nodes - 1)

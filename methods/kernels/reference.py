@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from methods import attention
+from methods.candidates import Candidates, Level
 from methods.rope import rotate
 from quant.grid import Tokens, round_tokens
 
@@ -94,6 +95,54 @@ def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def argmax(logits: Tensor) -> Tensor:
     """Take the first of the best."""
     return logits.argmax(dim=-1)
+
+
+def expand(
+    level: Level,
+    candidates: Candidates,
+    output: Tensor,
+    logprobs: Tensor,
+    ids: Tensor,
+    kept: Tensor | None,
+    *,
+    first: int,
+    column: int,
+    slot: int,
+) -> Level:
+    """Sort all paths, and take what belongs to the best by index."""
+    k = logprobs.shape[1]
+    paths = (level.scores[:, None] + logprobs).flatten()
+    tokens = (ids if kept is None else kept[ids]).flatten()
+    here = slice(first, first + len(paths))
+    candidates.tokens[here] = tokens
+    candidates.parents[here] = level.places.repeat_interleave(k)
+    candidates.scores[here] = paths
+    chosen = paths.sort(descending=True, stable=True).indices[:k]
+    parents = chosen // k
+    ancestors = level.ancestors[parents]
+    # As a slice, since nothing has a place behind the longest path.
+    ancestors[:, column : column + 1] = slot + torch.arange(k, device=ids.device)[:, None]
+    return Level(
+        tokens=tokens[chosen],
+        positions=level.positions[parents] + 1,
+        places=first + chosen,
+        scores=paths[chosen],
+        hidden=output[parents],
+        ancestors=ancestors,
+    )
+
+
+def prune(root: Tensor, candidates: Candidates, *, keep: int) -> tuple[Tensor, Tensor]:
+    """Sort all candidates, and number the best anew."""
+    order = candidates.scores.sort(descending=True, stable=True).indices[:keep]
+    kept = order.sort().values
+    place = root.new_zeros(len(candidates.tokens) + 1)
+    place[kept] = torch.arange(1, len(kept) + 1, device=root.device)
+    # Candidate -1, the root, indexes the last entry of `place`, which stays 0.
+    return (
+        torch.cat([root, candidates.tokens[kept]]),
+        torch.cat([torch.full_like(root, -1), place[candidates.parents[kept]]]),
+    )
 
 
 def ancestry(parents: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,10 +6,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from methods.candidates import Candidates
 from methods.decode import Mark, Method, Output, State, generate, unmarked
 from methods.eagle2 import Eagle2
 from methods.eagle3 import Eagle3
-from methods.grow import prune
+from methods.fused import prune
 from methods.hierarchical import Hierarchical, HierarchicalDrafter
 from methods.recipe import Family, Parts, Recipe
 from methods.transformer import Transformer
@@ -119,9 +120,11 @@ def test_after_any_rollback_the_inner_head_drafts_as_if_it_had_never_erred(
 def test_the_best_candidates_are_kept_with_their_parents() -> None:
     tokens, parents = prune(
         torch.tensor([9]),
-        tokens=torch.tensor([1, 2, 3, 4, 5, 6]),
-        parents=torch.tensor([-1, -1, 0, 0, 1, 2]),
-        scores=torch.tensor([-1.0, -2.0, -1.5, -9.0, -3.0, -1.6]),
+        Candidates(
+            tokens=torch.tensor([1, 2, 3, 4, 5, 6]),
+            parents=torch.tensor([-1, -1, 0, 0, 1, 2]),
+            scores=torch.tensor([-1.0, -2.0, -1.5, -9.0, -3.0, -1.6]),
+        ),
         keep=4,
     )
     assert tokens.tolist() == [9, 1, 2, 3, 6]
@@ -131,9 +134,11 @@ def test_the_best_candidates_are_kept_with_their_parents() -> None:
 def test_a_child_as_good_as_its_parent_never_loses_it() -> None:
     tokens, _ = prune(
         torch.tensor([9]),
-        tokens=torch.tensor([1, 2, 3, 4]),
-        parents=torch.tensor([-1, -1, 0, 1]),
-        scores=torch.zeros(4),
+        Candidates(
+            tokens=torch.tensor([1, 2, 3, 4]),
+            parents=torch.tensor([-1, -1, 0, 1]),
+            scores=torch.zeros(4),
+        ),
         keep=2,
     )
     assert tokens.tolist() == [9, 1, 2]

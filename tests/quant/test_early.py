@@ -16,7 +16,15 @@ PLAIN, EARLY = {"EARLY": False}, {"EARLY": True, "launch_pdl": True}
 FOLDERS = ("methods/kernels", "quant/kernels")
 KERNELS = {
     *("attention._partials", "attention._combine", "best._block_best", "best._row_best"),
-    *("commit._commit", "gate._silu_mul", "norm._add_norm", "rope_write._rope_write"),
+    *("candidates._expand", "candidates._prune"),
+    *(
+        "commit._commit",
+        "gate._silu_mul",
+        "join._join",
+        "join._add",
+        "norm._add_norm",
+        "rope_write._rope_write",
+    ),
     *("tree._ancestry", "tree._walk", "tokens_triton._round_rows", "w8a8_triton._product"),
     *("w4a16_triton._product", "w4a16_triton._span_sums"),
 }
