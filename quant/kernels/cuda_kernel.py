@@ -7,6 +7,8 @@ A row's bits do not depend on how many rows are read with it, up to as many as a
 prompt's long chunks are multiplied by cuBLAS, 4-bit ones opened to x's dtype before.
 """
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,6 +89,16 @@ class CudaInt4(Int4Linear):
     def product(self, x: Tensor) -> Tensor:
         """Multiply by the kernel. x: [n, K] -> [n, N]."""
         return kernel.matmul(x, self._prepared())
+
+    def opened(self) -> Tensor:
+        """Give the weight in x's dtype: by one kernel where Triton is, else by torch."""
+        if not self.words.is_cuda or find_spec("triton") is None:
+            return super().opened()
+        from quant.kernels.open_triton import opened
+
+        shape = (self.out_features, self.in_features)
+        own = (self.words, self.scales, self.zeros, shape)
+        return opened(*own, group=self._group, dtype=self.dtype)
 
     def restored(self) -> Stored:
         """Undo the layout, bit for bit."""

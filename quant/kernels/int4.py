@@ -52,8 +52,12 @@ class Int4Linear(KernelLinear):
         """Multiply. x: [n, K] -> [n, N]."""
         x = x if self.order is None else x.index_select(-1, self.order)
         if len(x) > self.most_tokens:
-            return F.linear(x, self._opened(None).opened(self.dtype))
+            return F.linear(x, self.opened())
         return self.product(x)
+
+    def opened(self) -> Tensor:
+        """Give the weight in x's dtype, its columns in the order of the words. [N, K]."""
+        return self._opened(None).opened(self.dtype)
 
     def reference(self) -> QuantLinear:
         """Unpack."""

@@ -26,7 +26,7 @@ KERNELS = {
         "rope_write._rope_write",
     ),
     *("tree._ancestry", "tree._walk", "tokens_triton._round_rows", "w8a8_triton._product"),
-    *("w4a16_triton._product", "w4a16_triton._span_sums"),
+    *("w4a16_triton._product", "w4a16_triton._span_sums", "open_triton._open"),
 }
 # Of a kernel's parameters those that it may name before it waits: what no kernel writes, and sizes.
 CONSTANTS = {"weight", "bias", "norm", "smooth", "scales", "words"}
