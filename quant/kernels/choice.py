@@ -80,10 +80,13 @@ def choose(
     measured = table.kernel(entry(label, exact=exact), layer, dtype)
     if measured == REFERENCE:
         return None
-    if exact:
-        kernels = sorted(kernels, key=lambda kernel: EXACT_ORDER.index(kernel.name))
-    ordered = sorted(kernels, key=lambda kernel: kernel.name != measured)
+    ordered = sorted(asked(kernels, exact=exact), key=lambda kernel: kernel.name != measured)
     return next((k for k in ordered if not k.refuses(layer, dtype, device, exact=exact)), None)
+
+
+def asked(kernels: Sequence[Kernel] = AVAILABLE, *, exact: bool = False) -> Sequence[Kernel]:
+    """Give kernels in the order in which `auto` asks them, where nobody measured."""
+    return sorted(kernels, key=lambda k: EXACT_ORDER.index(k.name)) if exact else kernels
 
 
 def named(name: str) -> Kernel:
