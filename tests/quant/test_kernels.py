@@ -11,7 +11,7 @@ from torch import Tensor
 from quant.dense import Dense
 from quant.formats.native import native_config, read_native
 from quant.fp8 import FP8
-from quant.kernels.choice import choose, named
+from quant.kernels.choice import AVAILABLE, choose, named
 from quant.kernels.kernel import Kernel, Rounded
 from quant.kernels.layout import Layout
 from quant.kernels.machine import Machine
@@ -163,6 +163,34 @@ def test_what_nobody_measured_goes_to_the_first_that_takes_it() -> None:
     empty = Table(machine=MACHINE, best={})
     assert choose(layer(w4a16()), "w4a16-g128", HALF, CPU, empty, [one, other]) is other
     assert choose(layer(w4a16()), "w4a16-g128", HALF, CPU, empty, [one]) is None
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    ("scheme", "absent", "chosen"),
+    [
+        (w4a16(), (), "cuda"),
+        (w4a16(symmetric=False), (), "cuda"),
+        (Dense(), (), "cuda"),
+        (w4a16(), ("cuda",), ("humming", "triton")),
+        (Dense(), ("cuda",), "torch"),
+        (W8A8(smooth_alpha=None), (), ("humming", "triton")),
+    ],
+)
+def test_on_a_gpu_with_all_of_them_auto_takes(
+    scheme: Scheme,
+    absent: tuple[str, ...],
+    chosen: str | tuple[str, str],
+    exact: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for kernel in AVAILABLE[:-1]:
+        lacks = "lacks" if kernel.name in absent else ""
+        monkeypatch.setattr(type(kernel), "missing", lambda self, device, lacks=lacks: lacks)
+    empty = Table(machine=MACHINE, best={})
+    found = choose(layer(scheme), scheme.label, HALF, CPU, empty, exact=exact)
+    assert found is not None
+    assert found.name == (chosen if isinstance(chosen, str) else chosen[exact])
 
 
 @pytest.mark.parametrize(
