@@ -219,6 +219,15 @@ def test_a_table_comes_back_and_keeps_what_it_said_of_others(
     assert read_table(other).best == {}
 
 
+def test_a_table_of_earlier_kernels_counts_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = write_table(Table(machine=MACHINE, best={"dense": {"8x16": {"float16": "torch"}}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
+    assert read_table(MACHINE).best == {}
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 2}'])
 def test_a_torn_table_counts_as_none(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
