@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from methods.checkpoint import quantization_of
 from methods.head_shapes import EMBEDDING
 from methods.head_shapes import LM_HEAD as HEAD_OUTPUT
 from methods.weights import Weights, read_config
-from quant.kernels.choice import missing, named
+from quant.kernels.choice import asked, missing, named
+from quant.kernels.kernel import Kernel
 from quant.scheme import AUTO, REFERENCE, QuantLinear, Scheme
 
 # A process of its own: a CUDA context in the parent would take memory from its children.
@@ -57,6 +59,33 @@ def check_kernels(config: Config) -> None:
             raise ValueError(reason)
 
 
+def passed_over(config: Config) -> list[str]:
+    """Say in one line each what keeps `auto` from kernels that it asks before the one it takes.
+
+    Of layers that will be quantised, the target's and those that draft, by one of the target's
+    size.
+    """
+    own, settings = config.schemes, config.settings
+    n, k = stacked_shapes(read_shape(read_config(config.model.family.target)))["qkv"]
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    found: list[str] = []
+    for scheme, exact in ((own.target, settings.exact), (own.draft, False)):
+        if (
+            scheme.kernel != AUTO
+            or scheme.label == own.dense.label
+            or not _holds(scheme, {"": (n, k)})
+        ):
+            continue
+        layer = sample(scheme, n, k)
+        fitting = [
+            kernel.name
+            for kernel in asked(exact=exact)
+            if not _unfit(kernel, layer, dtype, exact=exact)
+        ]
+        found += takewhile(bool, (lacking(name, settings.device) for name in fitting))
+    return list(dict.fromkeys(found))
+
+
 def check_layers(config: Config, folders: Sequence[Path]) -> None:
     """Check every layer against its scheme and a kernel that is named. folders: of the method."""
     dtype: torch.dtype = getattr(torch, config.settings.dtype)
@@ -71,8 +100,7 @@ def check_layers(config: Config, folders: Sequence[Path]) -> None:
                 continue
             kernel = named(part.scheme.kernel)
             exact = config.settings.exact and part.key.startswith("quant")  # of the target alone
-            reason = kernel.unfit(taken, dtype) or (kernel.inexact(taken, dtype) if exact else "")
-            if reason:
+            if reason := _unfit(kernel, taken, dtype, exact=exact):
                 raise ValueError(f"{layer}: {reason}")
 
 
@@ -102,6 +130,11 @@ def sample(scheme: Scheme, n: int, k: int) -> QuantLinear:
     rows = torch.randn(ROWS + n % ROWS, k, generator=torch.Generator().manual_seed(0))
     absmax = torch.ones(k) if scheme.needs_absmax else None
     return scheme.layer(scheme.unsearched.pack(rows, absmax))
+
+
+def _unfit(kernel: Kernel, layer: QuantLinear, dtype: torch.dtype, *, exact: bool) -> str:
+    """Say in one line why a kernel takes no such layer, whatever the machine."""
+    return kernel.unfit(layer, dtype) or (kernel.inexact(layer, dtype) if exact else "")
 
 
 def _check_exact(config: Config) -> None:

@@ -31,7 +31,7 @@ from bench.acceptance import (
 from bench.choice import choose
 from bench.config import Config, parse, resolve
 from bench.door import OK, UNFINISHED, collect
-from bench.kernel_check import check_kernels, check_layers, lacking
+from bench.kernel_check import check_kernels, check_layers, passed_over
 from bench.replayed import check_levels
 from bench.task import encode, load
 from methods.checkpoint import check_transformer, stored_in
@@ -42,9 +42,7 @@ from methods.recipe import Family, Parts, Recipe
 from methods.rotation import is_norm_folded, read_rotation
 from methods.tree_recipe import TreeRecipe
 from methods.weights import Weights
-from quant.scheme import AUTO
 
-QUANTISED = ("humming", "triton")  # kernels that `auto` prefers for what is quantised
 PASSED, WARNED, FAILED = "ok", "warn", "FAIL"
 # How often a quantised head's first choice must be that of its dense self. The lab's EAGLE-2 head
 # agrees at 95 % of places in fp8, 72 % in w4a16-g128 and below 50 % with one 4-bit scale per
@@ -152,11 +150,9 @@ def _kernels(config: Config) -> str:
     check_kernels(config)
     own, device = config.schemes, config.settings.device
     told = f"{own.target.kernel} for the target, {own.draft.kernel} for what drafts"
-    chosen = any(s.kernel == AUTO and s.label != own.dense.label for s in (own.target, own.draft))
-    if torch.device(device).type != "cuda" or not chosen:
+    if torch.device(device).type != "cuda":
         return told
-    # What `auto` passes over in silence.
-    return "; ".join([told, *filter(None, (lacking(name, device) for name in QUANTISED))])
+    return "; ".join([told, *passed_over(config)])
 
 
 def _layers(config: Config, folders: Sequence[Path]) -> str:

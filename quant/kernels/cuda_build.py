@@ -99,6 +99,7 @@ def function(source: str, name: str, *, shared_bytes: int, device: torch.device)
 
 def at_once(makers: Iterable[Callable[[], Function]]) -> None:
     """Make many functions, by a thread for each processor: NVRTC compiles beside itself."""
+    _folder()  # chosen once, or each thread would choose its own
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         for made in [pool.submit(make) for make in makers]:
             made.result()

@@ -19,13 +19,9 @@ __device__ __forceinline__ u32 rank_in_pair() {
     return rank;
 }
 
-__device__ __forceinline__ void pair_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n"
-                 "barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// The two halves of pair_sync where no memory but barriers is told of: those that were set up with
-// fence.mbarrier_init before. Much cheaper, since no store is waited for.
+// Both blocks of a pair meet, in two halves. The first tells the other block of no memory but
+// barriers that were set up with fence.mbarrier_init before: much cheaper, since no store is waited
+// for.
 __device__ __forceinline__ void pair_arrive() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, kernel_check, machine
+from bench import gpu, kernel_check, machine, preflight
+from bench.config import parse, resolve
 from bench.gpu import Gpu
 from bench.plan import Planner
 from methods.values import read_json
@@ -136,6 +137,31 @@ def test_a_named_kernel_that_the_gpu_lacks(
     lacks = "kernel=humming needs nvcc or NVRTC, of the CUDA toolkit, got none; kernel=torch works"
     monkeypatch.setattr(kernel_check, "lacking", lambda kernel, device: lacks)
     assert refusal(world, *CUDA, "quant=w4a16", "quant.kernel=humming") == lacks
+
+
+@pytest.mark.parametrize(
+    ("quant", "absent", "told"),
+    [
+        ("w4a16", {"humming", "triton"}, []),  # cuda takes it
+        ("w4a16", {"cuda"}, ["cuda"]),
+        ("w4a16", {"cuda", "humming"}, ["cuda", "humming"]),
+        ("w8a8", {"cuda", "humming"}, ["humming"]),  # none of cuda's
+        ("dense", {"cuda", "humming"}, []),
+    ],
+)
+@pytest.mark.usefixtures("_hopper")
+def test_what_keeps_auto_from_faster_kernels(
+    world: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    quant: str,
+    absent: set[str],
+    told: list[str],
+) -> None:
+    lacks = {name: f"kernel={name} needs more" for name in absent}
+    monkeypatch.setattr(kernel_check, "lacking", lambda kernel, device: lacks.get(kernel, ""))
+    config = parse(resolve(composed(*world, *CUDA, f"quant={quant}")))
+    kernels = next(f for f in preflight.inspect(config) if f.what == "kernels")
+    assert kernels.detail.split("; ")[1:] == [lacks[name] for name in told]
 
 
 def test_too_little_memory(world: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

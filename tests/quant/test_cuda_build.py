@@ -1,6 +1,10 @@
 """Kept binaries of our CUDA kernels: found again whole, or not at all; compiled on a GPU."""
 
+import tempfile
+from functools import partial
 from pathlib import Path
+from threading import Barrier
+from time import sleep
 
 import pytest
 import torch
@@ -31,6 +35,54 @@ def test_a_torn_binary_is_none(tmp_path: Path, kept: int) -> None:
 def test_what_cannot_be_kept_is_no_reason_to_stop(tmp_path: Path) -> None:
     cuda_build._keep(tmp_path / "absent" / "a.cubin", b"binary")
     assert cuda_build._read(tmp_path / "absent" / "a.cubin") is None
+
+
+def made_from(number: int) -> cuda_build.Function:
+    return cuda_build.Function(number, torch.device("cpu"))
+
+
+def test_functions_are_made_beside_each_other_and_a_refusal_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_build, "_folder", lambda: tmp_path)
+    monkeypatch.setattr(cuda_build.os, "cpu_count", lambda: 2)
+    both = Barrier(2, timeout=30)  # broken where the second maker waits for the first
+
+    def together() -> cuda_build.Function:
+        return made_from(both.wait())
+
+    def refused() -> cuda_build.Function:
+        raise RuntimeError("NVRTC refused")
+
+    cuda_build.at_once([together, together])
+    with pytest.raises(RuntimeError, match="NVRTC refused"):
+        cuda_build.at_once([partial(made_from, 1), refused])
+
+
+def test_threads_do_not_each_make_a_folder_where_ours_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cuda_build.os, "cpu_count", lambda: 4)
+    cuda_build._folder.cache_clear()
+    all_here, choose = Barrier(4, timeout=30), cuda_build.writable
+
+    def slowly(folder: Path, name: str) -> Path:
+        sleep(0.1)  # so that all threads come while the first chooses
+        return choose(folder, name)
+
+    def make() -> cuda_build.Function:
+        all_here.wait()
+        return made_from(len(str(cuda_build._folder())))
+
+    monkeypatch.setattr(cuda_build, "writable", slowly)
+
+    cuda_build.at_once([make] * 4)
+    cuda_build._folder.cache_clear()
+    assert [path.is_dir() for path in tmp_path.iterdir()].count(True) == 1
 
 
 @pytest.mark.gpu

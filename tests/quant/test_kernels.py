@@ -11,7 +11,7 @@ from torch import Tensor
 from quant.dense import Dense
 from quant.formats.native import native_config, read_native
 from quant.fp8 import FP8
-from quant.kernels.choice import choose, named
+from quant.kernels.choice import AVAILABLE, choose, named
 from quant.kernels.kernel import Kernel, Rounded
 from quant.kernels.layout import Layout
 from quant.kernels.machine import Machine
@@ -165,6 +165,34 @@ def test_what_nobody_measured_goes_to_the_first_that_takes_it() -> None:
     assert choose(layer(w4a16()), "w4a16-g128", HALF, CPU, empty, [one]) is None
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    ("scheme", "absent", "chosen"),
+    [
+        (w4a16(), (), "cuda"),
+        (w4a16(symmetric=False), (), "cuda"),
+        (Dense(), (), "cuda"),
+        (w4a16(), ("cuda",), ("humming", "triton")),
+        (Dense(), ("cuda",), "torch"),
+        (W8A8(smooth_alpha=None), (), ("humming", "triton")),
+    ],
+)
+def test_on_a_gpu_with_all_of_them_auto_takes(
+    scheme: Scheme,
+    absent: tuple[str, ...],
+    chosen: str | tuple[str, str],
+    exact: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for kernel in AVAILABLE[:-1]:
+        lacks = "lacks" if kernel.name in absent else ""
+        monkeypatch.setattr(type(kernel), "missing", lambda self, device, lacks=lacks: lacks)
+    empty = Table(machine=MACHINE, best={})
+    found = choose(layer(scheme), scheme.label, HALF, CPU, empty, exact=exact)
+    assert found is not None
+    assert found.name == (chosen if isinstance(chosen, str) else chosen[exact])
+
+
 @pytest.mark.parametrize(
     ("measured", "chosen"), [("torch", "torch"), ("reference", None), ("forgotten", "humming")]
 )
@@ -189,6 +217,15 @@ def test_a_table_comes_back_and_keeps_what_it_said_of_others(
     assert table_path(MACHINE).parent == tmp_path / "specquant"
     other = Machine(gpu="NVIDIA H200", torch="2.12.0", triton="3.6.0", humming="0.1.19")
     assert read_table(other).best == {}
+
+
+def test_a_table_of_earlier_kernels_counts_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = write_table(Table(machine=MACHINE, best={"dense": {"8x16": {"float16": "torch"}}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
+    assert read_table(MACHINE).best == {}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": 2}'])

@@ -13,7 +13,7 @@ from quant.kernels.cuda_kernel import CudaDense, CudaKernel
 
 WIDTHS = (1, 2, 7, 8, 9, 16, 17, 24, 31, 33, 40, 48, 56, 60, 64, 65, 100, 128, 130)
 # N and K: whole tiles, parts of tiles and chunks, K split between many pairs, more tiles than
-# pairs.
+# pairs, twice as many chunks of a pair as are in flight.
 SHAPES = (
     (512, 128),
     (512, 8192),
@@ -22,6 +22,7 @@ SHAPES = (
     (1032, 1000),
     (4096, 4096),
     (33800, 320),
+    (8192, 4096),
 )
 H200 = 132  # multiprocessors
 MOST_ERROR = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
@@ -75,6 +76,12 @@ def test_all_chunks_of_all_tiles_are_taken_once_and_evenly(n: int, k: int) -> No
     # Of the tile that its range ends in, a pair's part has a place of its own: two are enough.
     assert 2 * cut.tiles <= hopper.MOST_BLOCKS
     assert kernel.ROWS * kernel.WIDEST <= hopper.MOST_SUMS
+
+
+def test_some_pair_goes_through_its_ring_more_than_twice() -> None:
+    cuts = [kernel.plan(n, k, H200) for n, k in SHAPES]
+    longest = max(cut.tiles * cut.chunks // cut.pairs for cut in cuts)
+    assert longest > 2 * kernel.Variant(tokens=kernel.NARROWEST, bf16=False).stages
 
 
 def test_the_text_names_the_instruction_of_its_width_and_dtype() -> None:

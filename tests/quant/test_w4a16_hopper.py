@@ -1,5 +1,7 @@
 """Our CUDA W4A16 kernel: its layout everywhere, its products on a Hopper GPU."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ SHAPES = (
     (1024, 512, 256),
     (4096, 1024, 1024),
 )
+# Of these a pair of blocks has more chunks than are in flight, or chunks of several tiles.
+LONG = ((16904, 8192, 128), (33800, 320, 64))
+H200 = 132  # multiprocessors
 MOST_ERROR = {torch.float16: 1e-3, torch.bfloat16: 5e-3}
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
@@ -104,6 +109,22 @@ def test_there_is_a_counter_for_every_block() -> None:
     assert kernel.unfit(most + 8, 128, 128) == (f"N of {most} at most", str(most + 8))
 
 
+def test_the_shapes_reach_all_that_a_range_of_chunks_can_be() -> None:
+    deepest = kernel.Variant(tokens=8, bf16=False, scale=0, zeros=False, spans=1).stages
+    found = set()
+    for n, k, _ in (*SHAPES, *LONG):
+        tiles, chunks = -(-n // kernel.PAIR), -(-k // kernel.CHUNK)
+        pairs = min(H200 // 2, tiles * chunks)
+        starts = [pair * tiles * chunks // pairs for pair in range(pairs + 1)]
+        for start, end in pairwise(starts):
+            many = end - start
+            found.add("one" if many == 1 else "short" if many < deepest else "long")
+            found |= {"twice around"} if many > 2 * deepest else set()
+            found |= {"two tiles"} if start // chunks < (end - 1) // chunks else set()
+            found |= {"a whole tile between"} if start // chunks + 1 < end // chunks else set()
+    assert found == {"one", "short", "long", "twice around", "two tiles", "a whole tile between"}
+
+
 @pytest.mark.parametrize(
     ("x", "told"),
     [
@@ -122,7 +143,7 @@ def test_an_input_that_does_not_fit_is_told(x: Tensor, told: str) -> None:
 @needs_hopper
 @pytest.mark.parametrize("dtype", MOST_ERROR)
 @pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize(("n", "k", "group"), SHAPES)
+@pytest.mark.parametrize(("n", "k", "group"), [*SHAPES, *LONG])
 def test_products_are_near_float64_and_rows_do_not_depend_on_their_number(
     n: int, k: int, group: int, zeros: bool, dtype: torch.dtype
 ) -> None:
