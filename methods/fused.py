@@ -10,7 +10,7 @@ D hidden, I inner width of the feed-forward layer, V vocabulary, L layers.
 import torch
 from torch import Tensor
 
-from methods.candidates import Candidates, Level
+from methods.expansion import Expansion, Level
 from methods.kernels import reference
 from quant.grid import Tokens
 
@@ -173,7 +173,7 @@ def argmax(logits: Tensor) -> Tensor:
 
 def expand(
     level: Level,
-    candidates: Candidates,
+    expansion: Expansion,
     output: Tensor,
     logprobs: Tensor,
     ids: Tensor,
@@ -189,30 +189,30 @@ def expand(
     head gave at the level's nodes. logprobs, ids: [m, k], of their likeliest tokens, best first.
     kept: the target's id of each of these ids; None where they are the same.
 
-    All children become candidates, from place `first` on, a parent's together. `column` of
+    All children join the expansion, from place `first` on, a parent's together. `column` of
     ancestors is the next level's own, whose nodes will lie in scratch from `slot` on.
     """
     if fuses(output):
-        from methods.kernels import candidates as kernel
+        from methods.kernels import expansion as kernel
 
         place = {"first": first, "column": column, "slot": slot}
-        return kernel.expand(level, candidates, output, logprobs, ids, kept, **place)
+        return kernel.expand(level, expansion, output, logprobs, ids, kept, **place)
     return reference.expand(
-        level, candidates, output, logprobs, ids, kept, first=first, column=column, slot=slot
+        level, expansion, output, logprobs, ids, kept, first=first, column=column, slot=slot
     )
 
 
-def prune(root: Tensor, candidates: Candidates, *, keep: int) -> tuple[Tensor, Tensor]:
-    """Keep the best `keep` candidates below the root, [1]: tokens and parents of a `Tree`.
+def prune(root: Tensor, expansion: Expansion, *, keep: int) -> tuple[Tensor, Tensor]:
+    """Keep the best `keep` nodes below the root, [1]: tokens and parents of a `Tree`.
 
     In order of place. Of equals the earlier stays, so that no child loses its parent.
     """
-    assert 0 <= keep <= len(candidates.tokens)
-    if candidates.scores.is_cuda:
-        from methods.kernels import candidates as kernel
+    assert 0 <= keep <= len(expansion.tokens)
+    if expansion.scores.is_cuda:
+        from methods.kernels import expansion as kernel
 
-        return kernel.prune(root, candidates, keep=keep)
-    return reference.prune(root, candidates, keep=keep)
+        return kernel.prune(root, expansion, keep=keep)
+    return reference.prune(root, expansion, keep=keep)
 
 
 def ancestry(parents: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,8 +20,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from methods.candidates import Candidates, Level
 from methods.decode import PREFILL_CHUNK, Drafter, Mark, State, unmarked
+from methods.expansion import Expansion, Level
 from methods.fused import attends, best, expand, prune
 from methods.graph import GRAPHS, Captured
 from methods.kv import KVCache
@@ -192,7 +192,7 @@ class TreeDrafter(Drafter):
         output = self.head(read, entered, positions, self.kv, None, base=base)[-1:]
         # Paths are padded to one depth, so that all levels are read by one compiled kernel.
         level = Level.root(read, positions, entered, deeper=self.depth - 1)
-        candidates = Candidates.empty(k + (self.depth - 1) * k**2, self.device)
+        expansion = Expansion.empty(k + (self.depth - 1) * k**2, self.device)
         first = 0
         for step in range(self.depth):
             if step > 0:
@@ -202,7 +202,7 @@ class TreeDrafter(Drafter):
             logprobs, ids = best(self.head.logits(output), k)
             level = expand(
                 level,
-                candidates,
+                expansion,
                 output,
                 logprobs,
                 ids,
@@ -213,4 +213,4 @@ class TreeDrafter(Drafter):
             )
             first += ids.numel()
         self.kv.scratch = 0
-        return prune(read[-1:], candidates, keep=self.nodes - 1)
+        return prune(read[-1:], expansion, keep=self.nodes - 1)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from methods import attention
-from methods.candidates import Candidates, Level
+from methods.expansion import Expansion, Level
 from methods.rope import rotate
 from quant.grid import Tokens, round_tokens
 
@@ -99,7 +99,7 @@ def argmax(logits: Tensor) -> Tensor:
 
 def expand(
     level: Level,
-    candidates: Candidates,
+    expansion: Expansion,
     output: Tensor,
     logprobs: Tensor,
     ids: Tensor,
@@ -114,9 +114,9 @@ def expand(
     paths = (level.scores[:, None] + logprobs).flatten()
     tokens = (ids if kept is None else kept[ids]).flatten()
     here = slice(first, first + len(paths))
-    candidates.tokens[here] = tokens
-    candidates.parents[here] = level.places.repeat_interleave(k)
-    candidates.scores[here] = paths
+    expansion.tokens[here] = tokens
+    expansion.parents[here] = level.places.repeat_interleave(k)
+    expansion.scores[here] = paths
     chosen = paths.sort(descending=True, stable=True).indices[:k]
     parents = chosen // k
     ancestors = level.ancestors[parents]
@@ -132,16 +132,16 @@ def expand(
     )
 
 
-def prune(root: Tensor, candidates: Candidates, *, keep: int) -> tuple[Tensor, Tensor]:
-    """Sort all candidates, and number the best anew."""
-    order = candidates.scores.sort(descending=True, stable=True).indices[:keep]
+def prune(root: Tensor, expansion: Expansion, *, keep: int) -> tuple[Tensor, Tensor]:
+    """Sort all nodes, and number the best anew."""
+    order = expansion.scores.sort(descending=True, stable=True).indices[:keep]
     kept = order.sort().values
-    place = root.new_zeros(len(candidates.tokens) + 1)
+    place = root.new_zeros(len(expansion.tokens) + 1)
     place[kept] = torch.arange(1, len(kept) + 1, device=root.device)
-    # Candidate -1, the root, indexes the last entry of `place`, which stays 0.
+    # Node -1, the root, indexes the last entry of `place`, which stays 0.
     return (
-        torch.cat([root, candidates.tokens[kept]]),
-        torch.cat([torch.full_like(root, -1), place[candidates.parents[kept]]]),
+        torch.cat([root, expansion.tokens[kept]]),
+        torch.cat([torch.full_like(root, -1), place[expansion.parents[kept]]]),
     )
 
 

@@ -85,6 +85,7 @@ class CudaInt4(Int4Linear):
         kernel.build(prepared, dtype)
         self._group = prepared.group
         self.hold(prepared.words, prepared.scales, prepared.zeros, layer.order)
+        _settle(self.words)
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply by the kernel. x: [n, K] -> [n, N]."""
@@ -125,6 +126,7 @@ class CudaDense(KernelLinear):
         self.register_buffer("weight", layer.weight.to(dtype).contiguous())
         self.rounded = Rounded(layer.weight, self.weight)
         w16a16_hopper.build(self.weight)
+        _settle(self.weight)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply. x: [n, K] -> [n, N]."""
@@ -135,3 +137,9 @@ class CudaDense(KernelLinear):
     def reference(self) -> QuantLinear:
         """Give the dense layer."""
         return DenseLinear(self.rounded.restored(self.weight))
+
+
+def _settle(weight: Tensor) -> None:
+    """Wait until a weight stands, since a launch may read it before the one in front has ended."""
+    if weight.is_cuda:
+        torch.cuda.current_stream(weight.device).synchronize()

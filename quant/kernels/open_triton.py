@@ -23,8 +23,8 @@ def _open(
 ):  # fmt: skip
     admit(EARLY)
     await_earlier(EARLY)
-    chunk, tile = tl.program_id(0), tl.program_id(1) % TILES
-    block = tl.program_id(1) // TILES
+    tile, block = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    chunk = tl.program_id(1)
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, CHUNK)[None, :]
     # Where a word lies, and where in it a code: see quant.kernels.w4a16_hopper.
@@ -66,7 +66,7 @@ def opened(
     blocks, chunks = words.shape[:2]
     spans = scales.shape[2] // (ROWS.value * TILES.value)
     out = torch.empty(n, k, dtype=dtype, device=words.device)
-    _open[(chunks, blocks * TILES.value)](
+    _open[(blocks * TILES.value, chunks)](
         *(words, scales, scales if zeros is None else zeros, out),
         *(n, k, chunks, scales.shape[1]),
         max(1, -(-min(group, k) // CHUNK.value)),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from methods import fused
-from methods.candidates import Candidates, Level
+from methods.expansion import Expansion, Level
 from methods.kernels import reference
 from methods.rope import Rope, rotate
 from quant.grid import round_tokens
@@ -31,8 +31,8 @@ if INTERPRETED or ON_GPU:
     from methods.kernels import (
         attention,
         best,
-        candidates,
         commit,
+        expansion,
         gate,
         join,
         norm,
@@ -411,7 +411,7 @@ def expanded(
     deep: int,
     column: int,
 ) -> list[Tensor]:
-    """Everything that `expand` gives for a level behind 3 other candidates."""
+    """Everything that `expand` gives for a level behind 3 other nodes."""
     n, k = logprobs.shape
     integers, first, width = torch.arange(2 * n, device=DEVICE).view(2, n), 3, 1100
     level = Level(
@@ -422,7 +422,7 @@ def expanded(
         hidden=torch.empty(n, width, device=DEVICE),
         ancestors=torch.arange(n * deep, dtype=torch.int32, device=DEVICE).view(n, deep),
     )
-    found = Candidates.empty(first + n * k + 2, DEVICE)
+    found = Expansion.empty(first + n * k + 2, DEVICE)
     for values in (found.tokens, found.parents, found.scores):
         values.fill_(-7)
     torch.manual_seed(1)
@@ -448,7 +448,7 @@ def test_a_level_expands_as_by_a_stable_sort(
     kept = torch.randint(0, 1000, (90,), device=DEVICE) if mapped else None
     for deep, column in ((5, 3), (4, 4)):  # within a path, and behind the longest
         settings = {"kept": kept, "deep": deep, "column": column}
-        got = expanded(candidates.expand, scores, logprobs, **settings)
+        got = expanded(expansion.expand, scores, logprobs, **settings)
         expected = expanded(reference.expand, scores, logprobs, **settings)
         for mine, theirs in zip(got, expected, strict=True):
             assert mine.dtype == theirs.dtype
@@ -465,14 +465,14 @@ def test_pruning_keeps_what_a_stable_sort_keeps(k: int, tied: bool) -> None:
         newest = torch.arange(len(earlier), device=DEVICE)[-k:]
         parents.append(newest.repeat_interleave(k))
         scores.append(earlier[parents[-1]] - draw(k * k).abs())
-    made = Candidates(
+    made = Expansion(
         tokens=torch.randint(0, 1000, (k + 2 * k * k,), device=DEVICE),
         parents=torch.cat(parents),
         scores=(torch.cat(scores) * 2).round() if tied else torch.cat(scores),
     )
     root = torch.tensor([1234], device=DEVICE)
     for keep in {1, k, 2 * k, k + k * k, k + 2 * k * k}:
-        got = candidates.prune(root, made, keep=keep)
+        got = expansion.prune(root, made, keep=keep)
         expected = reference.prune(root, made, keep=keep)
         for mine, theirs in zip(got, expected, strict=True):
             assert torch.equal(mine, theirs)

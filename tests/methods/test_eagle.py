@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from methods.candidates import Candidates
 from methods.decode import Mark, Method, Output, State, generate, unmarked
 from methods.eagle2 import Eagle2
 from methods.eagle3 import Eagle3
+from methods.expansion import Expansion
 from methods.fused import prune
 from methods.hierarchical import Hierarchical, HierarchicalDrafter
 from methods.recipe import Family, Parts, Recipe
@@ -117,10 +117,10 @@ def test_after_any_rollback_the_inner_head_drafts_as_if_it_had_never_erred(
     assert checked.bare == accepted_whole  # each time one inner step reads two tokens at once
 
 
-def test_the_best_candidates_are_kept_with_their_parents() -> None:
+def test_the_best_nodes_are_kept_with_their_parents() -> None:
     tokens, parents = prune(
         torch.tensor([9]),
-        Candidates(
+        Expansion(
             tokens=torch.tensor([1, 2, 3, 4, 5, 6]),
             parents=torch.tensor([-1, -1, 0, 0, 1, 2]),
             scores=torch.tensor([-1.0, -2.0, -1.5, -9.0, -3.0, -1.6]),
@@ -134,7 +134,7 @@ def test_the_best_candidates_are_kept_with_their_parents() -> None:
 def test_a_child_as_good_as_its_parent_never_loses_it() -> None:
     tokens, _ = prune(
         torch.tensor([9]),
-        Candidates(
+        Expansion(
             tokens=torch.tensor([1, 2, 3, 4]),
             parents=torch.tensor([-1, -1, 0, 1]),
             scores=torch.zeros(4),

@@ -16,7 +16,7 @@ PLAIN, EARLY = {"EARLY": False}, {"EARLY": True, "launch_pdl": True}
 FOLDERS = ("methods/kernels", "quant/kernels")
 KERNELS = {
     *("attention._partials", "attention._combine", "best._block_best", "best._row_best"),
-    *("candidates._expand", "candidates._prune"),
+    *("expansion._expand", "expansion._prune"),
     *(
         "commit._commit",
         "gate._silu_mul",

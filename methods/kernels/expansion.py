@@ -1,6 +1,6 @@
 """The next level of a draft tree from all paths of this one, and in the end the tree from them all.
 
-Letters: K nodes of the next level and children of each, D hidden, d longest path, c candidates.
+Letters: K nodes of the next level and children of each, D hidden, d longest path, c nodes in all.
 """
 
 import torch
@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from methods.candidates import Candidates, Level
+from methods.expansion import Expansion, Level
 from methods.kernels.best import ordered
 from quant.kernels.early import admit, await_earlier, early
 
 PIECE = tl.constexpr(1024)  # of a hidden vector, which many programs copy
-# Candidates that one warp of `_prune` holds.
+# Nodes that one warp of `_prune` holds.
 SHARE = 512
 MOST_WARPS = 16
 
@@ -118,9 +118,9 @@ def _prune(
     """Find the score that exactly the best reach, by bisection; then put those in their order."""
     admit(EARLY)
     await_earlier(EARLY)
-    candidate = tl.arange(0, PADDED)
-    real = candidate < count
-    order = ordered(tl.load(scores + candidate, mask=real, other=0.0))
+    node = tl.arange(0, PADDED)
+    real = node < count
+    order = ordered(tl.load(scores + node, mask=real, other=0.0))
     low = tl.min(tl.where(real, order, 0x7FFFFFFF), axis=0)
     order = tl.where(real, order, -0x80000000)
     high = tl.max(order, axis=0)
@@ -134,11 +134,11 @@ def _prune(
     earliest = tl.cumsum(equal, axis=0) <= keep - tl.sum(better, axis=0)
     kept = (better > 0) | ((equal > 0) & earliest)
     spot = tl.cumsum(kept.to(tl.int32), axis=0)
-    tl.store(spots + candidate, spot, mask=kept)
-    tl.debug_barrier()  # a candidate's parent has its spot from another thread
-    parent = tl.load(parents + candidate, mask=kept, other=-1)
+    tl.store(spots + node, spot, mask=kept)
+    tl.debug_barrier()  # a node's parent has its spot from another thread
+    parent = tl.load(parents + node, mask=kept, other=-1)
     below = tl.load(spots + parent, mask=kept & (parent >= 0), other=0)
-    token = tl.load(tokens + candidate, mask=kept)
+    token = tl.load(tokens + node, mask=kept)
     tl.store(tree_tokens + spot, token, mask=kept)
     tl.store(tree_parents + spot, below, mask=kept)
     tl.store(tree_tokens, tl.load(root))
@@ -147,7 +147,7 @@ def _prune(
 
 def expand(
     level: Level,
-    candidates: Candidates,
+    expansion: Expansion,
     output: Tensor,
     logprobs: Tensor,
     ids: Tensor,
@@ -180,9 +180,9 @@ def expand(
         logprobs,
         ids,
         ids if kept is None else kept,  # not read where none is given
-        candidates.tokens,
-        candidates.parents,
-        candidates.scores,
+        expansion.tokens,
+        expansion.parents,
+        expansion.scores,
         nodes,
         following.scores,
         following.hidden,
@@ -203,17 +203,17 @@ def expand(
     return following
 
 
-def prune(root: Tensor, candidates: Candidates, *, keep: int) -> tuple[Tensor, Tensor]:
+def prune(root: Tensor, expansion: Expansion, *, keep: int) -> tuple[Tensor, Tensor]:
     """See `methods.fused.prune`."""
-    count = len(candidates.tokens)
+    count = len(expansion.tokens)
     padded = triton.next_power_of_2(count)
     spots = torch.empty(count, dtype=torch.int32, device=root.device)
     tokens, parents = torch.empty(2, 1 + keep, dtype=torch.int64, device=root.device)
     _prune[(1,)](
         root,
-        candidates.tokens,
-        candidates.parents,
-        candidates.scores,
+        expansion.tokens,
+        expansion.parents,
+        expansion.scores,
         spots,
         tokens,
         parents,

@@ -1,6 +1,6 @@
 """What a draft tree is chosen from, and the level of it that is expanded next.
 
-Letters: c candidates, K nodes, D hidden, d longest path.
+Letters: c nodes of the expansion, K of a level, D hidden, d longest path.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidates:
-    """Every token that was thought of below the root, with the probability of its path.
+class Expansion:
+    """Every node that expanding the tree made below the root, with the probability of its path.
 
-    tokens: [c] int64. parents: [c] int64, each an earlier candidate, or -1 for the root. scores:
+    tokens: [c] int64. parents: [c] int64, each an earlier node, or -1 for the root. scores:
     [c] float32, the logarithm; a child never scores above its parent.
     """
 
@@ -25,7 +25,7 @@ class Candidates:
 
     @classmethod
     def empty(cls, count: int, device: torch.device) -> Self:
-        """Make room for `count` candidates."""
+        """Make room for `count` nodes."""
         tokens, parents = torch.empty(2, count, dtype=torch.int64, device=device)
         scores = torch.empty(count, dtype=torch.float32, device=device)
         return cls(tokens=tokens, parents=parents, scores=scores)
@@ -35,7 +35,7 @@ class Candidates:
 class Level:
     """The nodes of one depth that are expanded next, best first.
 
-    tokens, positions: [K] int64. places: [K] int64, each node's own among the candidates, -1 for
+    tokens, positions: [K] int64. places: [K] int64, each node's own in the expansion, -1 for
     the root. scores: [K] float32. hidden: [K, D], what the head reads beside their tokens: its own
     outputs at their parents. ancestors: [K, d] int32, the scratch slots of their paths, then -1.
     """
