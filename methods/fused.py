@@ -192,14 +192,12 @@ def expand(
     All children join the expansion, from place `first` on, a parent's together. `column` of
     ancestors is the next level's own, whose nodes will lie in scratch from `slot` on.
     """
+    place = {"first": first, "column": column, "slot": slot}
     if fuses(output):
         from methods.kernels import expansion as kernel
 
-        place = {"first": first, "column": column, "slot": slot}
         return kernel.expand(level, expansion, output, logprobs, ids, kept, **place)
-    return reference.expand(
-        level, expansion, output, logprobs, ids, kept, first=first, column=column, slot=slot
-    )
+    return reference.expand(level, expansion, output, logprobs, ids, kept, **place)
 
 
 def prune(root: Tensor, expansion: Expansion, *, keep: int) -> tuple[Tensor, Tensor]:

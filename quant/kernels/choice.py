@@ -63,7 +63,11 @@ def fit(
         if reason := chosen.refuses(layer, dtype, device, exact=exact):
             raise ValueError(reason)
     if chosen is not None:
-        return chosen.fit(layer, dtype, exact=exact)
+        fitted = chosen.fit(layer, dtype, exact=exact)
+        if device.type == "cuda":
+            # A launch may read weights before the one in front has ended (quant.kernels.early).
+            torch.cuda.current_stream(device).synchronize()
+        return fitted
     return fixed(layer, dtype) if exact else layer
 
 
