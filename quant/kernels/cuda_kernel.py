@@ -17,6 +17,7 @@ from quant.dense import DenseLinear
 from quant.kernels import cuda_build, w16a16_hopper
 from quant.kernels import w4a16_hopper as kernel
 from quant.kernels.exact import Tiles
+from quant.kernels.hopper import WIDEST
 from quant.kernels.int4 import DTYPES, Int4Linear, Stored
 from quant.kernels.kernel import Kernel, KernelLinear, Rounded
 from quant.scheme import QuantLinear
@@ -85,7 +86,6 @@ class CudaInt4(Int4Linear):
         kernel.build(prepared, dtype)
         self._group = prepared.group
         self.hold(prepared.words, prepared.scales, prepared.zeros, layer.order)
-        _settle(self.words)
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply by the kernel. x: [n, K] -> [n, N]."""
@@ -118,7 +118,7 @@ class CudaInt4(Int4Linear):
 class CudaDense(KernelLinear):
     """A weight in x's dtype, where and as torch has it: the very tensor where that is its dtype."""
 
-    most_tokens = w16a16_hopper.WIDEST
+    most_tokens = WIDEST
     weight: Tensor
 
     def __init__(self, layer: DenseLinear, dtype: torch.dtype) -> None:
@@ -126,7 +126,6 @@ class CudaDense(KernelLinear):
         self.register_buffer("weight", layer.weight.to(dtype).contiguous())
         self.rounded = Rounded(layer.weight, self.weight)
         w16a16_hopper.build(self.weight)
-        _settle(self.weight)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply. x: [n, K] -> [n, N]."""
@@ -137,9 +136,3 @@ class CudaDense(KernelLinear):
     def reference(self) -> QuantLinear:
         """Give the dense layer."""
         return DenseLinear(self.rounded.restored(self.weight))
-
-
-def _settle(weight: Tensor) -> None:
-    """Wait until a weight stands, since a launch may read it before the one in front has ended."""
-    if weight.is_cuda:
-        torch.cuda.current_stream(weight.device).synchronize()

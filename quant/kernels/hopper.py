@@ -1,15 +1,122 @@
-"""What hopper.cuh and stream_k.cuh need on the host: tensor maps, and room for parts of sums."""
+"""What our kernels on Hopper share on the host: variants, limits, tensor maps, room for parts.
 
-from functools import cache
-from typing import Any
+Their text is hopper.cuh, stream_k.cuh and a file of each kernel's own, with settings in front.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from quant.kernels import cuda_build
+
+NARROWEST, WIDEST = 8, 64  # tokens of a launch; more are several launches
+SHARED_BYTES = 200 * 1024  # of the 227 KiB a block may have; the rest is for its neighbours
+STAGE_ALIGNMENT = 1024
 SWIZZLED_BYTES = 128  # of a row of a box, as wgmma reads it
 MOST_BLOCKS = 1 << 16  # of output features: as many count their parts
 MOST_UNITS = 1 << 23  # chunks of all tiles, so that times 256 pairs they are counted in 32 bits
 MOST_SUMS = 256 * 64  # of a block's tile: features times tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant(ABC):
+    """What a binary is compiled for. tokens: a multiple of NARROWEST. bf16: x, else float16."""
+
+    tokens: int
+    bf16: bool
+
+    file: ClassVar[str]  # of the kernel
+
+    @property
+    @abstractmethod
+    def stage_bytes(self) -> int:
+        """Shared memory of one chunk."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> Mapping[str, object]:
+        """What is set in front of the kernel's text besides what all kernels have."""
+
+    @property
+    def stages(self) -> int:
+        """Chunks in flight."""
+        return (SHARED_BYTES - STAGE_ALIGNMENT) // self.stage_bytes
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a launch."""
+        return self.stages * self.stage_bytes + STAGE_ALIGNMENT
+
+    @property
+    def held(self) -> int:
+        """Sums of a thread, of a tile of 64 features; the product's first operands."""
+        return self.tokens // 2
+
+    @property
+    def source(self) -> str:
+        """The kernel's text, its settings in front."""
+        values = {
+            "TOKENS": self.tokens,
+            "STAGES": self.stages,
+            "BF16": int(self.bf16),
+            **self.settings,
+            "WGMMA_SUMS(sum)": ", ".join(f'"+f"(sum[{i}])' for i in range(self.held)),
+        }
+        settings = "".join(f"#define {name} {value}\n" for name, value in values.items())
+        files = (Path(__file__).with_name(n) for n in ("hopper.cuh", "stream_k.cuh", self.file))
+        return settings + "".join(path.read_text(encoding="utf-8") for path in files)
+
+    def wgmma(self, operands: str) -> str:
+        """Give the product's instruction, quoted. operands: what comes behind its sums."""
+        kind = "bf16" if self.bf16 else "f16"
+        sums = ", ".join(f"%{i}" for i in range(self.held))
+        name = f"wgmma.mma_async.sync.aligned.m64n{self.tokens}k16.f32.{kind}.{kind}"
+        return f'"{name} {{{sums}}}, {operands};"'
+
+
+@cache
+def function(variant: Variant, device: torch.device) -> cuda_build.Function:
+    """Compile a variant for a device, or find it compiled."""
+    shared = variant.shared_bytes
+    return cuda_build.function(variant.source, "product", shared_bytes=shared, device=device)
+
+
+def compile_widths(variant: Callable[[int], Variant], device: torch.device) -> None:
+    """Compile for every number of tokens. variant: gives that of so many."""
+    widths = range(NARROWEST, WIDEST + 1, NARROWEST)
+    cuda_build.at_once(partial(function, variant(tokens), device) for tokens in widths)
+
+
+def width_of(n: int) -> int:
+    """Give the tokens of the variant that reads n."""
+    return -(-n // NARROWEST) * NARROWEST
+
+
+def launches(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut rows into what one launch takes. x: [n, K], y: [n, N]."""
+    for start in range(0, len(x), WIDEST):
+        yield x[start : start + WIDEST], y[start : start + WIDEST]
+
+
+def misfit(n: int, k: int, *, rows: int, chunk: int) -> tuple[str, str]:
+    """Say what a shape must have and what it has; empty: it is taken.
+
+    rows: outputs of a block. chunk: inputs of a stage.
+    """
+    if n % 8 or k % 8:
+        return "N and K in multiples of 8", f"N={n}, K={k}"
+    tiles = -(-n // (2 * rows))
+    if 2 * tiles > MOST_BLOCKS:
+        return f"N of {MOST_BLOCKS * rows} at most", str(n)
+    if tiles * -(-k // chunk) > MOST_UNITS:
+        return f"a weight of {MOST_UNITS * 2 * rows * chunk} numbers at most", f"N={n}, K={k}"
+    return "", ""
 
 
 @cache

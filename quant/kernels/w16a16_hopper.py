@@ -12,40 +12,27 @@ the last block of a tile reads (parts + 1) * outputs * tokens * 4 bytes (H200, L
 """
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from quant.kernels import cuda_build
-from quant.kernels.hopper import (
-    MOST_BLOCKS,
-    MOST_UNITS,
-    multiprocessors,
-    tensor_map,
-    workspace,
-)
+from quant.kernels import hopper
+from quant.kernels.hopper import tensor_map
 from quant.kernels.int4 import require_rows
 
 ROWS = 128  # outputs of a block
 CHUNK = 64  # inputs of a stage
 THREADS = 256 + 32  # that multiply, and a warp, one thread of which copies
-NARROWEST, WIDEST = 8, 64  # tokens of a launch; more are several launches
-SHARED_BYTES = 200 * 1024  # of the 227 KiB a block may have; the rest is for its neighbours
-STAGE_ALIGNMENT = 1024
-SOURCES = tuple(
-    Path(__file__).with_name(n) for n in ("hopper.cuh", "stream_k.cuh", "w16a16_hopper.cu")
-)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
+class Variant(hopper.Variant):
     """What a binary is compiled for."""
 
-    tokens: int
-    bf16: bool
+    file: ClassVar[str] = "w16a16_hopper.cu"
 
     @property
     def stage_bytes(self) -> int:
@@ -53,34 +40,10 @@ class Variant:
         return (ROWS + self.tokens) * CHUNK * 2
 
     @property
-    def stages(self) -> int:
-        """Chunks in flight."""
-        return (SHARED_BYTES - STAGE_ALIGNMENT) // self.stage_bytes
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a launch."""
-        return self.stages * self.stage_bytes + STAGE_ALIGNMENT
-
-    @property
-    def source(self) -> str:
-        """The kernel's text, its settings in front."""
-        held, kind = self.tokens // 2, "bf16" if self.bf16 else "f16"
-        sums = ", ".join(f"%{i}" for i in range(held))
-        line = (
-            f"wgmma.mma_async.sync.aligned.m64n{self.tokens}k16.f32.{kind}.{kind} "
-            f"{{{sums}}}, %{held}, %{held + 1}, adds, 1, 1, 0, 0;"
-        )
-        values = {
-            "TOKENS": self.tokens,
-            "ROWS": ROWS,
-            "STAGES": self.stages,
-            "BF16": int(self.bf16),
-            "WGMMA_LINE": f'"{line}"',
-            "WGMMA_SUMS(sum)": ", ".join(f'"+f"(sum[{i}])' for i in range(held)),
-        }
-        settings = "".join(f"#define {name} {value}\n" for name, value in values.items())
-        return settings + "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    def settings(self) -> Mapping[str, object]:
+        """Rows, and a product both of whose operands lie in shared memory."""
+        both = f"%{self.held}, %{self.held + 1}"
+        return {"ROWS": ROWS, "WGMMA_LINE": self.wgmma(f"{both}, adds, 1, 1, 0, 0")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +63,7 @@ def plan(n: int, k: int, blocks: int) -> Plan:
 
 def unfit(n: int, k: int) -> tuple[str, str]:
     """Say what a shape must have and what it has; empty: it is taken."""
-    if n % 8 or k % 8:
-        return "N and K in multiples of 8", f"N={n}, K={k}"
-    tiles = -(-n // (2 * ROWS))
-    if 2 * tiles > MOST_BLOCKS:
-        return f"N of {MOST_BLOCKS * ROWS} at most", str(n)
-    if tiles * -(-k // CHUNK) > MOST_UNITS:
-        most = MOST_UNITS * 2 * ROWS * CHUNK
-        return f"a weight of {most} numbers at most", f"N={n}, K={k}"
-    return "", ""
+    return hopper.misfit(n, k, rows=ROWS, chunk=CHUNK)
 
 
 def reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -120,33 +75,30 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply. x: [n, K] float16 or bfloat16, rows contiguous; weight: [N, K] -> [n, N]."""
     _require(x, weight)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    for start in range(0, x.shape[0], WIDEST):
-        _launch(x[start : start + WIDEST], weight, y[start : start + WIDEST])
+    for rows, out in hopper.launches(x, y):
+        _launch(rows, weight, out)
     return y
 
 
 def build(weight: Tensor) -> None:
     """Compile what `matmul` may need of a weight, for every number of tokens."""
     _require_weight(weight)
-    widths = range(NARROWEST, WIDEST + 1, NARROWEST)
-    variants = [_variant(weight, tokens) for tokens in widths]
-    cuda_build.at_once(partial(_function, variant, weight.device) for variant in variants)
+    hopper.compile_widths(lambda n: _variant(weight, n), weight.device)
 
 
 def _plan(weight: Tensor) -> Plan:
     n, k = weight.shape
-    return plan(n, k, multiprocessors(weight.device))
+    return plan(n, k, hopper.multiprocessors(weight.device))
 
 
 def _variant(weight: Tensor, n: int) -> Variant:
-    tokens = -(-n // NARROWEST) * NARROWEST
-    return Variant(tokens=tokens, bf16=weight.dtype == torch.bfloat16)
+    return Variant(tokens=hopper.width_of(n), bf16=weight.dtype == torch.bfloat16)
 
 
 def _launch(x: Tensor, weight: Tensor, y: Tensor) -> None:
     cut, variant = _plan(weight), _variant(weight, len(x))
-    parts, counters = workspace(x.device)
-    _function(variant, x.device).launch(
+    parts, counters = hopper.workspace(x.device)
+    hopper.function(variant, x.device).launch(
         2 * cut.pairs,
         THREADS,
         variant.shared_bytes,
@@ -158,12 +110,6 @@ def _launch(x: Tensor, weight: Tensor, y: Tensor) -> None:
         ],
         overlapped=True,
     )
-
-
-@cache
-def _function(variant: Variant, device: torch.device) -> cuda_build.Function:
-    shared = variant.shared_bytes
-    return cuda_build.function(variant.source, "product", shared_bytes=shared, device=device)
 
 
 def _require(x: Tensor, weight: Tensor) -> None:

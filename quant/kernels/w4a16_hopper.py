@@ -19,21 +19,15 @@ of the word and of the next in the high half (PTX ISA, wgmma, register fragments
 """
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from quant.kernels import cuda_build
-from quant.kernels.hopper import (
-    MOST_BLOCKS,
-    MOST_UNITS,
-    multiprocessors,
-    tensor_map,
-    workspace,
-)
+from quant.kernels import hopper
+from quant.kernels.hopper import STAGE_ALIGNMENT, tensor_map
 from quant.kernels.int4 import MIDDLE, exact_product, require_prepared, require_rows
 from quant.pack import pack_nibbles, unpack_nibbles
 
@@ -41,17 +35,11 @@ ROWS, CHUNK = 256, 128  # of a block, of a stage
 PAIR = 2 * ROWS  # outputs of a cluster of two
 CONSUMERS = 256  # threads that multiply
 THREADS = CONSUMERS + 128  # and a warpgroup, one thread of which copies
-NARROWEST, WIDEST = 8, 64  # tokens of a launch; more are several launches
-SHARED_BYTES = 200 * 1024  # of the 227 KiB a block may have; the rest is for its neighbours
-STAGE_ALIGNMENT = 1024
 # Registers of a thread by tokens: at the start, and of those that multiply after the others gave up
 # theirs. What few tokens leave, other kernels' blocks may have beside this one.
 REGISTERS = {8: (112, 144), 16: (120, 160), 64: (168, 232)}
 COPIERS_HAVE = 40
 SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-SOURCES = tuple(
-    Path(__file__).with_name(n) for n in ("hopper.cuh", "stream_k.cuh", "w4a16_hopper.cu")
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +57,14 @@ class Prepared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Variant:
+class Variant(hopper.Variant):
     """What a binary is compiled for."""
 
-    tokens: int
-    bf16: bool
     scale: int  # of SCALE_TYPES
     zeros: bool
     spans: int
+
+    file: ClassVar[str] = "w4a16_hopper.cu"
 
     @property
     def stage_bytes(self) -> int:
@@ -87,46 +75,24 @@ class Variant:
         return -(-whole // STAGE_ALIGNMENT) * STAGE_ALIGNMENT
 
     @property
-    def stages(self) -> int:
-        """Chunks in flight."""
-        return (SHARED_BYTES - STAGE_ALIGNMENT) // self.stage_bytes
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a launch."""
-        return self.stages * self.stage_bytes + STAGE_ALIGNMENT
-
-    @property
     def registers(self) -> tuple[int, int]:
         """Of a thread at the start, and of one that multiplies."""
         return next(held for most, held in REGISTERS.items() if self.tokens <= most)
 
     @property
-    def source(self) -> str:
-        """The kernel's text, its settings in front."""
-        held, kind = self.tokens // 2, "bf16" if self.bf16 else "f16"
-        sums = ", ".join(f"%{i}" for i in range(held))
-        left = ", ".join(f"%{held + i}" for i in range(4))
-        line = (
-            f"wgmma.mma_async.sync.aligned.m64n{self.tokens}k16.f32.{kind}.{kind} "
-            f"{{{sums}}}, {{{left}}}, %{held + 4}, adds, 1, 1, 0;"
-        )
-        values = {
-            "TOKENS": self.tokens,
-            "STAGES": self.stages,
-            "BF16": int(self.bf16),
+    def settings(self) -> Mapping[str, object]:
+        """The format, registers, and a product whose left operand lies in registers."""
+        left = ", ".join(f"%{self.held + i}" for i in range(4))
+        return {
             "SCALE": self.scale,
             "ZEROS": int(self.zeros),
             "SPANS": self.spans,
             "REGISTERS": self.registers[0],
             "CONSUMERS_HAVE": self.registers[1],
             "COPIERS_HAVE": COPIERS_HAVE,
-            "WGMMA_LINE": f'"{line}"',
-            "WGMMA_ADDS": f'"%{held + 5}"',
-            "WGMMA_SUMS(sum)": ", ".join(f'"+f"(sum[{i}])' for i in range(held)),
+            "WGMMA_LINE": self.wgmma(f"{{{left}}}, %{self.held + 4}, adds, 1, 1, 0"),
+            "WGMMA_ADDS": f'"%{self.held + 5}"',
         }
-        settings = "".join(f"#define {name} {value}\n" for name, value in values.items())
-        return settings + "".join(path.read_text(encoding="utf-8") for path in SOURCES)
 
 
 def prepare(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Prepared:
@@ -174,13 +140,9 @@ def restore(weight: Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def unfit(n: int, k: int, group: int) -> tuple[str, str]:
     """Say what a shape must have and what it has; empty: it is taken."""
-    if n % 8 or k % 8:
-        return "N and K in multiples of 8", f"N={n}, K={k}"
-    tiles = -(-n // PAIR)
-    if 2 * tiles > MOST_BLOCKS:
-        return f"N of {MOST_BLOCKS * ROWS} at most", str(n)
-    if tiles * -(-k // CHUNK) > MOST_UNITS:
-        return f"a weight of {MOST_UNITS * PAIR * CHUNK} numbers at most", f"N={n}, K={k}"
+    needed, got = hopper.misfit(n, k, rows=ROWS, chunk=CHUNK)
+    if needed:
+        return needed, got
     if group == k or (group == CHUNK // 2 and k % group == 0) or group % CHUNK == 0:
         return "", ""
     return f"group_size {CHUNK // 2}, a multiple of {CHUNK} or -1", str(group)
@@ -195,22 +157,19 @@ def matmul(x: Tensor, weight: Prepared) -> Tensor:
     """Multiply. x: [n, K] float16 or bfloat16, rows contiguous -> [n, N] of x's dtype."""
     _require(x, weight)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    for start in range(0, x.shape[0], WIDEST):
-        _launch(x[start : start + WIDEST], weight, y[start : start + WIDEST])
+    for rows, out in hopper.launches(x, y):
+        _launch(rows, weight, out)
     return y
 
 
 def build(weight: Prepared, dtype: torch.dtype) -> None:
     """Compile what `matmul` may need of a weight, for every number of tokens. dtype: of x."""
-    device = weight.words.device
-    widths = range(NARROWEST, WIDEST + 1, NARROWEST)
-    variants = [_variant(weight, dtype, tokens) for tokens in widths]
-    cuda_build.at_once(partial(_function, variant, device) for variant in variants)
+    hopper.compile_widths(lambda n: _variant(weight, dtype, n), weight.words.device)
 
 
 def _variant(weight: Prepared, dtype: torch.dtype, n: int) -> Variant:
     return Variant(
-        tokens=-(-n // NARROWEST) * NARROWEST,
+        tokens=hopper.width_of(n),
         bf16=dtype == torch.bfloat16,
         scale=SCALE_TYPES[weight.scales.dtype],
         zeros=weight.zeros is not None,
@@ -223,11 +182,11 @@ def _launch(x: Tensor, weight: Prepared, y: Tensor) -> None:
     variant = _variant(weight, x.dtype, n)
     blocks, chunks = weight.words.shape[:2]
     tiles = blocks // 2
-    pairs = min(multiprocessors(x.device) // 2, tiles * chunks)
-    parts, counters = workspace(x.device)
+    pairs = min(hopper.multiprocessors(x.device) // 2, tiles * chunks)
+    parts, counters = hopper.workspace(x.device)
     own_group = max(1, -(-min(weight.group, k) // CHUNK))
     zeros = weight.scales if weight.zeros is None else weight.zeros
-    _function(variant, x.device).launch(
+    hopper.function(variant, x.device).launch(
         2 * pairs,
         THREADS,
         variant.shared_bytes,
@@ -239,12 +198,6 @@ def _launch(x: Tensor, weight: Prepared, y: Tensor) -> None:
         ],
         overlapped=True,
     )
-
-
-@cache
-def _function(variant: Variant, device: torch.device) -> cuda_build.Function:
-    shared = variant.shared_bytes
-    return cuda_build.function(variant.source, "product", shared_bytes=shared, device=device)
 
 
 def _spans(group: int, k: int) -> int:

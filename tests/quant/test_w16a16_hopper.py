@@ -37,7 +37,7 @@ def drawn(n: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(n, k, generator=generator).to(dtype)
 
 
-@pytest.mark.parametrize("tokens", range(kernel.NARROWEST, kernel.WIDEST + 1, kernel.NARROWEST))
+@pytest.mark.parametrize("tokens", range(hopper.NARROWEST, hopper.WIDEST + 1, hopper.NARROWEST))
 def test_a_ring_of_stages_is_deep_and_leaves_room_for_neighbours(tokens: int) -> None:
     variant = kernel.Variant(tokens=tokens, bf16=False)
     # Swizzled boxes must start at multiples of 1024 bytes.
@@ -75,13 +75,13 @@ def test_all_chunks_of_all_tiles_are_taken_once_and_evenly(n: int, k: int) -> No
     assert max(sizes) - min(sizes) <= 1
     # Of the tile that its range ends in, a pair's part has a place of its own: two are enough.
     assert 2 * cut.tiles <= hopper.MOST_BLOCKS
-    assert kernel.ROWS * kernel.WIDEST <= hopper.MOST_SUMS
+    assert kernel.ROWS * hopper.WIDEST <= hopper.MOST_SUMS
 
 
 def test_some_pair_goes_through_its_ring_more_than_twice() -> None:
     cuts = [kernel.plan(n, k, H200) for n, k in SHAPES]
     longest = max(cut.tiles * cut.chunks // cut.pairs for cut in cuts)
-    assert longest > 2 * kernel.Variant(tokens=kernel.NARROWEST, bf16=False).stages
+    assert longest > 2 * kernel.Variant(tokens=hopper.NARROWEST, bf16=False).stages
 
 
 def test_the_text_names_the_instruction_of_its_width_and_dtype() -> None:
@@ -95,7 +95,7 @@ def test_the_text_names_the_instruction_of_its_width_and_dtype() -> None:
 def test_the_widest_variant_compiles(bf16: bool) -> None:
     if reason := cuda_build.missing():
         pytest.skip(reason)
-    text = kernel.Variant(tokens=kernel.WIDEST, bf16=bf16).source
+    text = kernel.Variant(tokens=hopper.WIDEST, bf16=bf16).source
     assert cuda_build.compiled(text, "sm_90a")
 
 
@@ -105,7 +105,7 @@ def test_the_limits_are_told_before_a_launch() -> None:
     assert kernel.unfit(most + 8, 64) == (f"N of {most} at most", str(most + 8))
     assert kernel.unfit(12, 64) == ("N and K in multiples of 8", "N=12, K=64")
     assert kernel.unfit(8, 68) == ("N and K in multiples of 8", "N=8, K=68")
-    numbers = kernel.MOST_UNITS * 256 * 64
+    numbers = hopper.MOST_UNITS * 256 * 64
     told = (f"a weight of {numbers} numbers at most", f"N={most}, K=16448")
     assert kernel.unfit(most, 16448) == told
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quant.kernels import hopper
 from quant.kernels import w4a16_hopper as kernel
 from quant.pack import pack_nibbles, unpack_nibbles
 from tests.quant import oracle
@@ -104,7 +105,7 @@ def test_a_shape_that_does_not_fit_is_told(n: int, k: int, group: int, told: str
 
 
 def test_there_is_a_counter_for_every_block() -> None:
-    most = kernel.MOST_BLOCKS * kernel.ROWS
+    most = hopper.MOST_BLOCKS * kernel.ROWS
     assert kernel.unfit(most, 128, 128) == ("", "")
     assert kernel.unfit(most + 8, 128, 128) == (f"N of {most} at most", str(most + 8))
 
