@@ -3,7 +3,8 @@
     w4a16    quant.kernels.w4a16_hopper
     dense    quant.kernels.w16a16_hopper: float16 or bfloat16, the weight cast to x's dtype once
 
-A row's bits do not depend on how many rows are read with it, up to as many as a kernel takes; a
+A row's bits do not depend on how many rows are read with it, up to as many as a kernel takes; but
+w4a16's are others above DIGITS_MOST, where another form is faster, unless it is to be exact. A
 prompt's long chunks are multiplied by cuBLAS, 4-bit ones opened to x's dtype before.
 """
 
@@ -41,6 +42,8 @@ class CudaKernel(Kernel):
             return self.told("a GPU of compute capability 9.0", f"{found[0]}.{found[1]}")
         if absent := cuda_build.missing():
             return self.told(absent, "none")
+        if find_spec("triton") is None:  # rounds what w4a16 reads
+            return self.told("the package triton", "none")
         return ""
 
     def unfit(self, layer: QuantLinear, dtype: torch.dtype) -> str:
@@ -71,7 +74,7 @@ class CudaKernel(Kernel):
             fitted = CudaDense(layer, dtype)
         else:
             assert isinstance(layer, WeightOnlyLinear)
-            fitted = CudaInt4(layer, dtype)
+            fitted = CudaInt4(layer, dtype, exact=exact)
         return Tiles(fitted, dtype, rows=fitted.most_tokens, padded=False) if exact else fitted
 
 
@@ -80,16 +83,18 @@ class CudaInt4(Int4Linear):
 
     most_tokens = MOST_TOKENS
 
-    def __init__(self, layer: WeightOnlyLinear, dtype: torch.dtype) -> None:
+    def __init__(self, layer: WeightOnlyLinear, dtype: torch.dtype, *, exact: bool = False) -> None:
+        """exact: a row has the same bits however many are read with it."""
         super().__init__(layer, kernel=CudaKernel.name, dtype=dtype)
         prepared = kernel.prepare(layer.packed, layer.scales, layer.zeros)
-        kernel.build(prepared, dtype)
+        kernel.build(prepared, dtype, exact=exact)
+        self._exact = exact
         self._group = prepared.group
         self.hold(prepared.words, prepared.scales, prepared.zeros, layer.order)
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply by the kernel. x: [n, K] -> [n, N]."""
-        return kernel.matmul(x, self._prepared())
+        return kernel.matmul(x, self._prepared(), exact=self._exact)
 
     def opened(self) -> Tensor:
         """Give the weight in x's dtype: by one kernel where Triton is, else by torch."""

@@ -63,6 +63,13 @@ __device__ __forceinline__ void copy_in(u32 to, const void* from, u32 bytes, u32
         : "memory");
 }
 
+__device__ __forceinline__ void copy_in(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
 // A box of a 2-d tensor into this block alone, its first column and row given.
 __device__ __forceinline__ void copy_box(u32 to, const TensorMap* map, u32 column, u32 row, u32 barrier,
                                          u64 policy) {
@@ -79,6 +86,16 @@ __device__ __forceinline__ void copy_to_pair(u32 to, const TensorMap* map, int c
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
         ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(map), "r"(column), "r"(0),
         "r"(barrier), "h"(static_cast<u16>(3))
+        : "memory");
+}
+
+// A box of one plane of a 3-d tensor likewise.
+__device__ __forceinline__ void copy_plane_to_pair(u32 to, const TensorMap* map, u32 column, u32 plane,
+                                                   u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to), "l"(map), "r"(column),
+        "r"(0), "r"(plane), "r"(barrier), "h"(static_cast<u16>(3))
         : "memory");
 }
 

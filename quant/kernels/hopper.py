@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant.kernels import cuda_build
 
+COMMON = ("hopper.cuh", "stream_k.cuh")  # files in front of every kernel's own
 NARROWEST, WIDEST = 8, 64  # tokens of a launch; more are several launches
 SHARED_BYTES = 200 * 1024  # of the 227 KiB a block may have; the rest is for its neighbours
 STAGE_ALIGNMENT = 1024
@@ -31,7 +32,10 @@ class Variant(ABC):
     tokens: int
     bf16: bool
 
-    file: ClassVar[str]  # of the kernel
+    @property
+    @abstractmethod
+    def files(self) -> tuple[str, ...]:
+        """The kernel's own, in order."""
 
     @property
     @abstractmethod
@@ -54,9 +58,19 @@ class Variant(ABC):
         return self.stages * self.stage_bytes + STAGE_ALIGNMENT
 
     @property
+    def columns(self) -> int:
+        """Of a product."""
+        return self.tokens
+
+    @property
     def held(self) -> int:
-        """Sums of a thread, of a tile of 64 features; the product's first operands."""
-        return self.tokens // 2
+        """What a thread has of a product, of 64 features: the instruction's first operands."""
+        return self.columns // 2
+
+    @property
+    def whole(self) -> bool:
+        """Whether products are of integers."""
+        return False
 
     @property
     def source(self) -> str:
@@ -66,17 +80,20 @@ class Variant(ABC):
             "STAGES": self.stages,
             "BF16": int(self.bf16),
             **self.settings,
-            "WGMMA_SUMS(sum)": ", ".join(f'"+f"(sum[{i}])' for i in range(self.held)),
+            "WGMMA_SUMS(sum)": ", ".join(
+                f'"+{"r" if self.whole else "f"}"(sum[{i}])' for i in range(self.held)
+            ),
         }
         settings = "".join(f"#define {name} {value}\n" for name, value in values.items())
-        files = (Path(__file__).with_name(n) for n in ("hopper.cuh", "stream_k.cuh", self.file))
+        files = (Path(__file__).with_name(n) for n in (*COMMON, *self.files))
         return settings + "".join(path.read_text(encoding="utf-8") for path in files)
 
     def wgmma(self, operands: str) -> str:
         """Give the product's instruction, quoted. operands: what comes behind its sums."""
-        kind = "bf16" if self.bf16 else "f16"
+        floats = "bf16.bf16" if self.bf16 else "f16.f16"
+        kind = "k32.s32.s8.s8" if self.whole else f"k16.f32.{floats}"
         sums = ", ".join(f"%{i}" for i in range(self.held))
-        name = f"wgmma.mma_async.sync.aligned.m64n{self.tokens}k16.f32.{kind}.{kind}"
+        name = f"wgmma.mma_async.sync.aligned.m64n{self.columns}{kind}"
         return f'"{name} {{{sums}}}, {operands};"'
 
 
@@ -142,19 +159,35 @@ def tensor_map(matrix: Tensor, rows: int) -> Any:  # noqa: ANN401  the driver's 
 
     matrix: [rows, columns] float16 or bfloat16, rows contiguous and aligned to 16 bytes.
     """
+    return _map(matrix, (rows, SWIZZLED_BYTES // matrix.element_size()))
+
+
+def digits_map(digits: Tensor, rows: int) -> Any:  # noqa: ANN401  the driver's own type
+    """Describe planes of a matrix for swizzled copies of `rows` x 128 of one plane, likewise.
+
+    digits: [planes, rows, columns] int8, rows contiguous and aligned to 16 bytes.
+    """
+    return _map(digits, (1, rows, SWIZZLED_BYTES))
+
+
+def _map(tensor: Tensor, box: tuple[int, ...]) -> Any:  # noqa: ANN401  the driver's own type
     from cuda.bindings import driver
 
-    kinds = driver.CUtensorMapDataType
-    half, bfloat = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    types = driver.CUtensorMapDataType
+    kinds = {
+        torch.float16: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        torch.bfloat16: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        torch.int8: types.CU_TENSOR_MAP_DATA_TYPE_UINT8,  # as copied: bytes
+    }
     u32, u64 = driver.cuuint32_t, driver.cuuint64_t
     status, made = driver.cuTensorMapEncodeTiled(
-        bfloat if matrix.dtype == torch.bfloat16 else half,
-        2,
-        matrix.data_ptr(),
-        [u64(matrix.shape[1]), u64(matrix.shape[0])],
-        [u64(matrix.stride(0) * matrix.element_size())],
-        [u32(SWIZZLED_BYTES // matrix.element_size()), u32(rows)],
-        [u32(1), u32(1)],
+        kinds[tensor.dtype],
+        tensor.dim(),
+        tensor.data_ptr(),
+        [u64(size) for size in reversed(tensor.shape)],
+        [u64(step * tensor.element_size()) for step in reversed(tensor.stride()[:-1])],
+        [u32(size) for size in reversed(box)],
+        [u32(1)] * tensor.dim(),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
@@ -162,6 +195,6 @@ def tensor_map(matrix: Tensor, rows: int) -> Any:  # noqa: ANN401  the driver's 
     )
     if int(status):
         raise RuntimeError(
-            f"no tensor map of {matrix.dtype} {list(matrix.shape)} {matrix.stride()}: {status!r}"
+            f"no tensor map of {tensor.dtype} {list(tensor.shape)} {tensor.stride()}: {status!r}"
         )
     return made

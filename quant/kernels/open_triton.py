@@ -37,9 +37,11 @@ def _open(
     if spans == 2:
         group += column // 64
     group = group * (ROWS * TILES) + tile * ROWS + row
-    zero = 8
     if has_zeros:
         zero = tl.load(zeros + group).to(tl.int32)
+    else:
+        code ^= 8
+        zero = 8
     # Both factors are exact in float32, and so is the product: it is rounded once.
     scale = tl.load(scales + group).to(out.dtype.element_ty).to(tl.float32)
     value = ((code - zero).to(tl.float32) * scale).to(out.dtype.element_ty)

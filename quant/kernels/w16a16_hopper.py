@@ -14,7 +14,6 @@ the last block of a tile reads (parts + 1) * outputs * tokens * 4 bytes (H200, L
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +31,10 @@ THREADS = 256 + 32  # that multiply, and a warp, one thread of which copies
 class Variant(hopper.Variant):
     """What a binary is compiled for."""
 
-    file: ClassVar[str] = "w16a16_hopper.cu"
+    @property
+    def files(self) -> tuple[str, ...]:
+        """One."""
+        return ("w16a16_hopper.cu",)
 
     @property
     def stage_bytes(self) -> int:

@@ -7,86 +7,30 @@
 // copies weights for itself, another one half of each chunk of x for both. Two warpgroups multiply,
 // each two tiles of 64 features: codes are opened in registers and are the left operand of wgmma, x
 // in shared memory the right one, so that features are the long side. Each group's product is exact
-// in the codes and is scaled in float32.
+// in the codes and is scaled in float32. In which numbers, FORM tells.
 //
 // Weights are constants, so their copies start before the kernel in front has ended
 // (programmatic dependent launch); only x waits for it.
 //
-// Set in front of this text:
-//   TOKENS   columns of the tile, a multiple of 8, at most 64
+// Comes after FORM, which is w4a16_floats.cuh or w4a16_digits.cuh. Set in front of both:
+//   TOKENS   tokens of the tile, a multiple of 8, at most 64
 //   STAGES   chunks in flight
 //   REGISTERS  of a thread at the start; COPIERS_HAVE, CONSUMERS_HAVE after it
-//   BF16     x and y are bfloat16 instead of float16
+//   BF16     y is bfloat16 instead of float16, and x if it is of floats
 //   SCALE    type of scales: 0 float16, 1 bfloat16, 2 float32
 //   ZEROS    zeros are stored; else every zero is 8
 //   SPANS    groups in a chunk: 2 for groups of 64, else 1
 //   WGMMA_*  the product's instruction for that many tokens, see w4a16_hopper.py
-
-constexpr int ROWS = 256;           // output features of a block
-constexpr int CHUNK = 128;          // inputs of a stage
-constexpr int CONSUMERS = 256;      // threads that multiply: two warpgroups, each two tiles of 64
-constexpr int HELD = TOKENS / 2;  // accumulators of a thread
-constexpr u32 AT_ONCE = TOKENS <= 48 ? 2 : 1;  // chunks between two waits for everything
-constexpr int SCALE_BYTES = SCALE == 2 ? 4 : 2;
-constexpr int X_BYTES = TOKENS * CHUNK * 2;
-constexpr int WORD_BYTES = ROWS * CHUNK / 2;
-constexpr int ALL_SCALES = ROWS * SPANS * SCALE_BYTES;
-constexpr int ALL_ZEROS = ZEROS ? ROWS * SPANS : 0;
-constexpr int STAGE_BYTES = (X_BYTES + WORD_BYTES + ALL_SCALES + ALL_ZEROS + 1023) / 1024 * 1024;
 
 // x in shared memory as wgmma reads it: rows of 128 bytes, swizzled in blocks of 8 rows.
 // PTX ISA, matrix descriptor: addresses in units of 16 bytes; the low word alone tells where.
 __device__ __forceinline__ u32 descriptor_low(u32 at) { return at >> 4 | 1u << 16; }
 constexpr u64 DESCRIPTOR_HIGH = u64{64} << 32 | u64{1} << 62;
 
-__device__ __forceinline__ void multiply(float (&sum)[HELD], const u32 (&a)[4], u64 b, int adds) {
+__device__ __forceinline__ void multiply(Part (&sum)[PART], const u32 (&a)[4], u64 b, int adds) {
     asm volatile("{\n.reg .pred adds;\nsetp.ne.b32 adds, " WGMMA_ADDS ", 0;\n" WGMMA_LINE "\n}"
                  : WGMMA_SUMS(sum)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
-}
-
-__device__ __forceinline__ u32 picked(u32 word, u32 mask, u32 base) {
-    u32 out;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(word), "r"(mask), "r"(base));
-    return out;
-}
-
-// The codes of 16 inputs, less their zeros, of rows g (low) and g + 8 (high) of a warp.
-//
-// Set into the mantissa of 1024 (float16) or 128 (bfloat16) a code is exact; `low` and `high` are
-// that number plus the zero, twice. In float16 a code four bits up is worth 16 and is scaled down.
-__device__ __forceinline__ void open_codes(u32 word, u32 low, u32 high, u32 (&a)[4]) {
-#if BF16
-    constexpr u32 BASE = 0x43004300, MASK = 0x000f000f;
-    a[0] = picked(word, MASK, BASE);
-    a[1] = picked(word >> 4, MASK, BASE);
-    a[2] = picked(word >> 8, MASK, BASE);
-    a[3] = picked(word >> 12, MASK, BASE);
-    asm("sub.rn.bf16x2 %0, %0, %1;" : "+r"(a[0]) : "r"(low));
-    asm("sub.rn.bf16x2 %0, %0, %1;" : "+r"(a[1]) : "r"(high));
-    asm("sub.rn.bf16x2 %0, %0, %1;" : "+r"(a[2]) : "r"(low));
-    asm("sub.rn.bf16x2 %0, %0, %1;" : "+r"(a[3]) : "r"(high));
-#else
-    constexpr u32 BASE = 0x64006400, LOW = 0x000f000f, HIGH = 0x00f000f0, SIXTEENTH = 0x2c002c00;
-    const u32 upper = word >> 8;
-    a[0] = picked(word, LOW, BASE);
-    a[1] = picked(word, HIGH, BASE);
-    a[2] = picked(upper, LOW, BASE);
-    a[3] = picked(upper, HIGH, BASE);
-    asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(a[0]) : "r"(low));
-    asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(a[1]) : "r"(SIXTEENTH), "r"(high));
-    asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(a[2]) : "r"(low));
-    asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(a[3]) : "r"(SIXTEENTH), "r"(high));
-#endif
-}
-
-__device__ __forceinline__ u32 low_constant(u32 zero) {
-    return ((BF16 ? 0x4300u : 0x6400u) + zero) * 0x00010001u;
-}
-
-__device__ __forceinline__ u32 high_constant(u32 zero) {
-    // float16: -(64 + zero), whose last place is 1/16.
-    return (BF16 ? 0x4300u + zero : 0xd400u + (zero << 4)) * 0x00010001u;
 }
 
 __device__ __forceinline__ float scale_at(u32 at, int row) {
@@ -123,9 +67,9 @@ struct Ring {
 
 // What a thread holds of a tile of 64 features and one span of inputs.
 struct Tile {
-    u32 word[2 / SPANS][4];
+    u32 words[8 / SPANS];
     float scale[2];  // of rows g and g + 8
-    u32 low, high;
+    Zeros zeros;
 };
 
 // Read a tile (0 or 1 of this warpgroup) of a span of the chunk that the ring is at.
@@ -137,49 +81,52 @@ __device__ __forceinline__ Tile load(const Ring& ring) {
     const u32 scales_at = words_at + WORD_BYTES, zeros_at = scales_at + ALL_SCALES;
     Tile made;
 #pragma unroll
-    for (int half = 0; half < 2 / SPANS; ++half) {
+    for (int i = 0; i < 8 / SPANS; i += 4) {
         asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(made.word[half][0]), "=r"(made.word[half][1]),
-                       "=r"(made.word[half][2]), "=r"(made.word[half][3])
-                     : "r"(words_at + (tile * 2 + SPAN + half) * 2048 + thread * 16));
+                     : "=r"(made.words[i]), "=r"(made.words[i + 1]), "=r"(made.words[i + 2]),
+                       "=r"(made.words[i + 3])
+                     : "r"(words_at + (tile * 2 + SPAN + i / 4) * 2048 + thread * 16));
     }
-    made.scale[0] = scale_at(scales_at, row);
-    made.scale[1] = scale_at(scales_at, row + 8);
-    made.low = low_constant(8), made.high = high_constant(8);
-    if constexpr (ZEROS) {
-        made.low = low_constant(zero_at(zeros_at, row));
-        made.high = high_constant(zero_at(zeros_at, row + 8));
-    }
+    made.scale[0] = scale_at(scales_at, row) * (1.0f / OPENED_TO);
+    made.scale[1] = scale_at(scales_at, row + 8) * (1.0f / OPENED_TO);
+    made.zeros = zeros_of(8, 8);
+    if constexpr (ZEROS) made.zeros = zeros_of(zero_at(zeros_at, row), zero_at(zeros_at, row + 8));
     return made;
 }
 
 // A tile's product under way: where it goes, what it is scaled by, and its left operand.
 struct Product {
-    float part[HELD];
+    Part part[PART];
     float scale[2];
-    u32 a[8 / SPANS][4];
+    u32 a[STEPS][4];
+    u32 stage;
 
-    // Open a tile's codes and start its product with a span of x.
-    __device__ __forceinline__ void start(const Tile& tile, u32 b) {
+    __device__ __forceinline__ void open(const Tile& tile) {
         scale[0] = tile.scale[0], scale[1] = tile.scale[1];
 #pragma unroll
-        for (int i = 0; i < 8 / SPANS; ++i) {
-            open_codes(tile.word[i / 4][i % 4], tile.low, tile.high, a[i]);
-        }
+        for (int i = 0; i < STEPS; ++i) open_step(tile.words, i, tile.zeros, a[i]);
+        // Here, and not between the instructions that use them, which would wait for them.
+#pragma unroll
+        for (int i = 0; i < STEPS * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+    }
+
+    // Start it with a span of the ring's chunk.
+    __device__ __forceinline__ void start(const Ring& ring, int span) {
+        stage = ring.stages + ring.stage * STAGE_BYTES;
+        const u32 b = descriptor_low(stage);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int i = 0; i < 8 / SPANS; ++i) {
-            multiply(part, a[i], DESCRIPTOR_HIGH | (b + i / 4 * (X_BYTES / 32) + i % 4 * 2), i > 0);
+        for (int i = 0; i < STEPS; ++i) {
+            multiply(part, a[i], DESCRIPTOR_HIGH | (b + step_at(span, i)), i > 0);
         }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     }
 
-    // Add a product that has ended to its sum.
+    // Add it to its sum; it has ended.
     __device__ __forceinline__ void add_to(float (&sum)[HELD]) {
 #pragma unroll
-        for (int i = 0; i < HELD; ++i) asm volatile("" : "+f"(part[i])::"memory");
-#pragma unroll
-        for (int i = 0; i < HELD; ++i) sum[i] = fmaf(scale[i / 2 % 2], part[i], sum[i]);
+        for (int i = 0; i < PART; ++i) asm volatile("" : "+" PART_REGISTER(part[i])::"memory");
+        add_part(part, scale, stage, sum);
     }
 };
 
@@ -191,43 +138,48 @@ struct Product {
 // for them, and the other block may have ended.
 template <u32 COUNT>
 __device__ __forceinline__ void take(float (&sum)[2][HELD], Tile& tile, Ring& ring, u32 more) {
-    constexpr int PRODUCTS = 2 * SPANS * static_cast<int>(COUNT);
+    constexpr int A_CHUNK = 2 * SPANS, PRODUCTS = A_CHUNK * static_cast<int>(COUNT);
     Product product[PRODUCTS];
-    u32 left = ring.empty + 8 * ring.stage;
-#pragma unroll
-    for (int i = 0; i <= PRODUCTS; ++i) {
-        const bool ends_span = i % 2 == 1, ends_chunk = i % (2 * SPANS) == 2 * SPANS - 1;
-        const u32 left_before = left;
-        if (i < PRODUCTS) {
-            const int span = i / 2 % SPANS;
-            const u32 x_at = ring.stages + ring.stage * STAGE_BYTES;
-            product[i].start(tile, descriptor_low(x_at) + span * (X_BYTES / 32));
-            if (ends_chunk) {
-                left = ring.empty + 8 * ring.stage;
-                ring.next();
-                if (i < PRODUCTS - 1 || more > COUNT) {
-                    barrier_wait(ring.full + 8 * ring.stage, ring.phase);
-                    tile = load<0, 0>(ring);
-                }
-            } else if (ends_span) {
-                tile = load<SPANS - 1, 0>(ring);
-            } else if (span == 0) {
-                tile = load<0, 1>(ring);
-            } else {
-                tile = load<SPANS - 1, 1>(ring);
-            }
+    const auto end = [&](int i, u32 empty) {
+        product[i].add_to(sum[i % 2]);
+        if (i % A_CHUNK == A_CHUNK - 1) {
+            __syncwarp();
+            const bool awaited = more > STAGES + i / A_CHUNK;
+            if (awaited && threadIdx.x % 32 < 2) barrier_arrive_at(empty, threadIdx.x % 32);
         }
-        if (i > 0) {
-            i < PRODUCTS ? products_wait<1>() : products_wait<0>();
-            product[i - 1].add_to(sum[(i - 1) % 2]);
-            if (i % (2 * SPANS) == 0) {
-                __syncwarp();
-                const u32 empty = i < PRODUCTS ? left_before : left;
-                const bool awaited = more >= STAGES + i / (2 * SPANS);
-                if (awaited && threadIdx.x % 32 < 2) barrier_arrive_at(empty, threadIdx.x % 32);
+    };
+    u32 left = 0;
+#pragma unroll
+    for (int i = 0; i < PRODUCTS; ++i) {
+        const int span = i / 2 % SPANS;
+        const u32 left_before = left;
+        product[i].open(tile);
+        if (UNDER_WAY == 1 && i > 0) {
+            products_wait<0>();
+            end(i - 1, left_before);
+        }
+        product[i].start(ring, span);
+        left = ring.empty + 8 * ring.stage;
+        if (i % A_CHUNK == A_CHUNK - 1) {
+            ring.next();
+            if (i < PRODUCTS - 1 || more > COUNT) {
+                barrier_wait(ring.full + 8 * ring.stage, ring.phase);
+                tile = load<0, 0>(ring);
             }
+        } else if (i % 2 == 1) {
+            tile = load<SPANS - 1, 0>(ring);
+        } else if (span == 0) {
+            tile = load<0, 1>(ring);
+        } else {
+            tile = load<SPANS - 1, 1>(ring);
+        }
+        if (UNDER_WAY == 2 && i > 0) {
+            products_wait<1>();
+            end(i - 1, left_before);
         }
     }
+    products_wait<0>();
+    end(PRODUCTS - 1, left);
 }
 
 // Where one that copies is in the ring of stages. It steps by additions alone: what a chunk's
@@ -276,9 +228,10 @@ struct Weights {
 };
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
-    product(const __grid_constant__ TensorMap x, const u8* __restrict__ words,
-            const u8* __restrict__ scales, const u8* __restrict__ zeros, float4* parts,
-            u32* counters, u16* y, u32 n, u32 n_out, u32 tiles, u32 chunks, u32 chunks_per_step) {
+    product(const __grid_constant__ TensorMap x, const float* x_scales, u32 x_stride,
+            const u8* __restrict__ words, const u8* __restrict__ scales,
+            const u8* __restrict__ zeros, float4* parts, u32* counters, u16* y, u32 n, u32 n_out,
+            u32 tiles, u32 chunks, u32 chunks_per_step) {
     extern __shared__ u8 raw[];
     __shared__ alignas(8) u64 barriers[2 * STAGES];
     __shared__ u32 arrived;
@@ -317,16 +270,15 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
             for (u32 i = ahead; i < count; ++i) weights.copy();
         } else if (threadIdx.x == CONSUMERS + 32) {
             asm volatile("griddepcontrol.wait;" ::: "memory");
-            Place to{stages + rank * (X_BYTES / 2), full, empty};
-            u32 column = chunk * CHUNK + rank * (CHUNK / 2);
+            Place to{stages, full, empty};
+            u32 at = chunk;
 #pragma unroll 1
             for (u32 i = 0; i < count; ++i) {
                 barrier_wait(to.empty, to.phase);
-                barrier_expect(to.full, X_BYTES);
-                copy_to_pair(to.at, &x, static_cast<int>(column), to.full);
+                barrier_expect(to.full, X_BYTES + X_SCALES);
+                copy_x(to.at, &x, x_scales, x_stride, at, rank, to.full);
                 to.next();
-                column += CHUNK;
-                if (column >= chunks * CHUNK) column -= chunks * CHUNK;
+                if (++at == chunks) at = 0;
             }
         }
         __syncwarp();

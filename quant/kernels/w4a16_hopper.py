@@ -1,37 +1,44 @@
-"""Few tokens times 4-bit weights on Hopper, bit-equal however many are read: `x @ dequant(W).T`.
+"""Few tokens times 4-bit weights on Hopper: `x @ dequant(W).T`, in one of two forms.
 
-    y[t, r] = sum over parts of K, in order, of the sum over their groups g, in order, of
-              s[g, r] * dot_g(c - z[g, r], x)
+    floats   y[t, r] = sum over parts of K, in order, of the sum over their groups g, in order, of
+                       s[g, r] * dot_g(c - z[g, r], x[t])
+    digits   the same with blocks b of 128 inputs for groups, and s[g, r] * v[b, t] * dot_b(c - z,
+                       d[t]) where x = v * d in block floating point (quant.block_float)
 
-in float32, where c - z is exact and the dot is one tensor-core sum. How K is parted depends on the
-shape and the device alone, never on the number of tokens n. The kernel is w4a16_hopper.cu.
+in float32. c - z is exact; a dot of floats is one tensor-core sum, one of digits is exact. How K is
+parted depends on the shape and the device alone: in either form a row has the same bits however
+many tokens n are read with it. Digits are faster up to DIGITS_MOST tokens. The kernel is
+w4a16_hopper.cu.
 
 What it reads is cut into blocks of 256 outputs and chunks of 128 inputs; N and K are filled up to
 whole pairs of blocks and whole chunks with codes and scales that add nothing:
 
-    words  [N / 256, K / 128, 4, 2, 128, 4] int32   warpgroup, half of the chunk, thread, step
+    words  [N / 256, K / 128, 4, 2, 128, 4] int32   tile, half of the chunk, thread, step
     scales [N / 256, steps, 256 * spans]            as stored; a step holds `spans` groups
     zeros  likewise, uint8
 
 A word holds what one thread multiplies in one 16-input step of wgmma: of rows g and g + 8 and
-inputs 2c, 2c + 1, 2c + 8, 2c + 9 (g = lane / 4, c = lane % 4), those of one input in the low half
-of the word and of the next in the high half (PTX ISA, wgmma, register fragments of A).
+inputs 2c, 2c + 8, 2c + 1 and 2c + 9, a byte each, row g in its low half (g = lane / 4, c = lane %
+4; PTX ISA, register fragments of A). Two words are a 32-input step of digits, which stand in that
+order (block_float.ORDER). Where no zeros are stored a nibble is its code less 8, in two's
+complement.
 """
 
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from quant.block_float import BLOCK, BlockFloat
 from quant.kernels import hopper
-from quant.kernels.hopper import STAGE_ALIGNMENT, tensor_map
+from quant.kernels.hopper import STAGE_ALIGNMENT, WIDEST, digits_map, tensor_map
 from quant.kernels.int4 import MIDDLE, exact_product, require_prepared, require_rows
 from quant.pack import pack_nibbles, unpack_nibbles
 
-ROWS, CHUNK = 256, 128  # of a block, of a stage
+ROWS, CHUNK = 256, BLOCK  # of a block, of a stage
 PAIR = 2 * ROWS  # outputs of a cluster of two
 CONSUMERS = 256  # threads that multiply
 THREADS = CONSUMERS + 128  # and a warpgroup, one thread of which copies
@@ -39,6 +46,8 @@ THREADS = CONSUMERS + 128  # and a warpgroup, one thread of which copies
 # theirs. What few tokens leave, other kernels' blocks may have beside this one.
 REGISTERS = {8: (112, 144), 16: (120, 160), 64: (168, 232)}
 COPIERS_HAVE = 40
+# Tokens up to which digits are faster (H200, results/h200/w4a16_cuda.txt).
+DIGITS_MOST = 32
 SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -58,21 +67,41 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant(hopper.Variant):
-    """What a binary is compiled for."""
+    """What a binary is compiled for. digits: the form, else floats."""
 
+    digits: bool
     scale: int  # of SCALE_TYPES
     zeros: bool
     spans: int
 
-    file: ClassVar[str] = "w4a16_hopper.cu"
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What a chunk is, the form, and the kernel."""
+        form = "w4a16_digits.cuh" if self.digits else "w4a16_floats.cuh"
+        return "w4a16_chunk.cuh", form, "w4a16_hopper.cu"
+
+    @property
+    def token_bytes(self) -> tuple[int, int]:
+        """Of a token's inputs in a chunk, and of their scale."""
+        return 2 * CHUNK, 4 if self.digits else 0
 
     @property
     def stage_bytes(self) -> int:
         """Shared memory of one chunk."""
         scales = ROWS * self.spans * (4 if self.scale == 2 else 2)
         zeros = ROWS * self.spans if self.zeros else 0
-        whole = self.tokens * CHUNK * 2 + ROWS * CHUNK // 2 + scales + zeros
+        whole = self.tokens * sum(self.token_bytes) + ROWS * CHUNK // 2 + scales + zeros
         return -(-whole // STAGE_ALIGNMENT) * STAGE_ALIGNMENT
+
+    @property
+    def columns(self) -> int:
+        """Both digits of a token are one each."""
+        return 2 * self.tokens if self.digits else self.tokens
+
+    @property
+    def whole(self) -> bool:
+        """Digits are integers, as codes are."""
+        return self.digits
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -83,14 +112,18 @@ class Variant(hopper.Variant):
     def settings(self) -> Mapping[str, object]:
         """The format, registers, and a product whose left operand lies in registers."""
         left = ", ".join(f"%{self.held + i}" for i in range(4))
+        adds = "adds" if self.digits else "adds, 1, 1, 0"
         return {
+            "X_A_TOKEN": self.token_bytes[0],
+            "X_SCALE_BYTES": self.token_bytes[1],
+            "PART_REGISTER": '"r"' if self.digits else '"f"',
             "SCALE": self.scale,
             "ZEROS": int(self.zeros),
             "SPANS": self.spans,
             "REGISTERS": self.registers[0],
             "CONSUMERS_HAVE": self.registers[1],
             "COPIERS_HAVE": COPIERS_HAVE,
-            "WGMMA_LINE": self.wgmma(f"{{{left}}}, %{self.held + 4}, adds, 1, 1, 0"),
+            "WGMMA_LINE": self.wgmma(f"{{{left}}}, %{self.held + 4}, {adds}"),
             "WGMMA_ADDS": f'"%{self.held + 5}"',
         }
 
@@ -110,9 +143,11 @@ def prepare(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Prepared:
         codes, (0, -k % CHUNK, 0, -n % PAIR), value=MIDDLE
     )  # with zeros stored, scales of 0 make them nothing
     rows, columns = codes.shape
-    # [block, warpgroup, warp, high, g, chunk, half, step, input high, c, input low]
+    if zeros is None:
+        codes = codes ^ MIDDLE  # its four bits are the code less 8
+    # [block, tile, warp, high, g, chunk, half, step, input high, c, input low]
     parts = codes.view(rows // ROWS, 4, 4, 2, 8, columns // CHUNK, 2, 4, 2, 4, 2)
-    # -> [block, chunk, warpgroup, half, warp, g, c, step, input low, input high, high]
+    # -> [block, chunk, tile, half, warp, g, c, step, input low, input high, high]
     parts = parts.permute(0, 5, 1, 6, 2, 4, 9, 7, 10, 8, 3).contiguous()
     words = pack_nibbles(parts.view(-1, 8)).view(torch.int32)
     shape = (rows // ROWS, columns // CHUNK, 4, 2, CHUNK, 4)
@@ -133,6 +168,8 @@ def restore(weight: Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
     parts = codes.view(blocks, chunks, 4, 2, 4, 8, 4, 4, 2, 2, 2)
     parts = parts.permute(0, 2, 4, 10, 5, 1, 3, 7, 9, 6, 8)
     codes = parts.reshape(blocks * ROWS, chunks * CHUNK)[:n, :k].contiguous()
+    if weight.zeros is None:
+        codes = codes ^ MIDDLE
     groups = k // weight.group
     zeros = None if weight.zeros is None else _groups(weight.zeros, n, groups)
     return pack_nibbles(codes), _groups(weight.scales, n, groups), zeros
@@ -153,48 +190,80 @@ def reference(x: Tensor, weight: Prepared) -> Tensor:
     return exact_product(x, *restore(weight))
 
 
-def matmul(x: Tensor, weight: Prepared) -> Tensor:
-    """Multiply. x: [n, K] float16 or bfloat16, rows contiguous -> [n, N] of x's dtype."""
+def matmul(x: Tensor, weight: Prepared, *, exact: bool = False) -> Tensor:
+    """Multiply in the faster form. x: [n, K] float16 or bfloat16, rows contiguous -> [n, N].
+
+    y is of x's dtype. exact: in digits, so that a row has the same bits at every n.
+    """
     _require(x, weight)
+    if exact or len(x) <= DIGITS_MOST:
+        from quant.kernels.blocks_triton import round_blocks
+
+        return multiply(round_blocks(x), weight, x.dtype)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     for rows, out in hopper.launches(x, y):
-        _launch(rows, weight, out)
+        variant = _variant(weight, x.dtype, len(out), digits=False)
+        _launch(variant, tensor_map(rows, variant.tokens), None, weight, out)
     return y
 
 
-def build(weight: Prepared, dtype: torch.dtype) -> None:
+def multiply(x: BlockFloat, weight: Prepared, dtype: torch.dtype) -> Tensor:
+    """Multiply what is in digits. x: n tokens of K inputs -> [n, N] of dtype."""
+    n = x.digits.shape[1]
+    y = torch.empty(n, weight.shape[0], dtype=dtype, device=x.digits.device)
+    for start in range(0, n, WIDEST):
+        part = slice(start, start + WIDEST)
+        variant = _variant(weight, dtype, len(y[part]), digits=True)
+        rows = digits_map(x.digits[:, part], variant.tokens)
+        _launch(variant, rows, x.scales[:, part], weight, y[part])
+    return y
+
+
+def build(weight: Prepared, dtype: torch.dtype, *, exact: bool = False) -> None:
     """Compile what `matmul` may need of a weight, for every number of tokens. dtype: of x."""
-    hopper.compile_widths(lambda n: _variant(weight, dtype, n), weight.words.device)
+
+    def variant(tokens: int) -> Variant:
+        return _variant(weight, dtype, tokens, digits=exact or tokens <= DIGITS_MOST)
+
+    hopper.compile_widths(variant, weight.words.device)
 
 
-def _variant(weight: Prepared, dtype: torch.dtype, n: int) -> Variant:
+def _variant(weight: Prepared, dtype: torch.dtype, n: int, *, digits: bool) -> Variant:
     return Variant(
         tokens=hopper.width_of(n),
         bf16=dtype == torch.bfloat16,
+        digits=digits,
         scale=SCALE_TYPES[weight.scales.dtype],
         zeros=weight.zeros is not None,
         spans=_spans(weight.group, weight.shape[1]),
     )
 
 
-def _launch(x: Tensor, weight: Prepared, y: Tensor) -> None:
-    n, k = x.shape
-    variant = _variant(weight, x.dtype, n)
+def _launch(
+    variant: Variant,
+    x: Any,  # noqa: ANN401  the driver's map of a tensor
+    x_scales: Tensor | None,
+    weight: Prepared,
+    y: Tensor,
+) -> None:
+    device = y.device
     blocks, chunks = weight.words.shape[:2]
     tiles = blocks // 2
-    pairs = min(hopper.multiprocessors(x.device) // 2, tiles * chunks)
-    parts, counters = hopper.workspace(x.device)
-    own_group = max(1, -(-min(weight.group, k) // CHUNK))
+    pairs = min(hopper.multiprocessors(device) // 2, tiles * chunks)
+    parts, counters = hopper.workspace(device)
+    own_group = max(1, -(-min(weight.group, weight.shape[1]) // CHUNK))
     zeros = weight.scales if weight.zeros is None else weight.zeros
-    hopper.function(variant, x.device).launch(
+    hopper.function(variant, device).launch(
         2 * pairs,
         THREADS,
         variant.shared_bytes,
         [
-            tensor_map(x, variant.tokens),
+            x,
+            ctypes.c_void_p(0 if x_scales is None else x_scales.data_ptr()),
+            ctypes.c_uint(0 if x_scales is None else x_scales.stride(0)),
             *(ctypes.c_void_p(t.data_ptr()) for t in (weight.words, weight.scales, zeros)),
             *(ctypes.c_void_p(t.data_ptr()) for t in (parts, counters, y)),
-            *(ctypes.c_uint(v) for v in (n, weight.shape[0], tiles, chunks, own_group)),
+            *(ctypes.c_uint(v) for v in (len(y), weight.shape[0], tiles, chunks, own_group)),
         ],
         overlapped=True,
     )

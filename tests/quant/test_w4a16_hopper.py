@@ -69,7 +69,7 @@ def test_words_hold_the_fragments_of_the_tensor_cores() -> None:
         lane = r % 8 * 4 + c % 8 // 2
         word = weight.words[block, chunk, r // 64, c // 64, r // 16 % 4 * 32 + lane, c // 16 % 4]
         nibble = r // 8 % 2 + c // 8 % 2 * 2 + c % 2 * 4
-        assert (word.item() >> 4 * nibble) & 15 == codes[row, column]
+        assert (word.item() >> 4 * nibble) & 15 == codes[row, column].item() ^ kernel.MIDDLE
 
 
 def test_what_fills_a_tile_adds_nothing() -> None:
@@ -111,7 +111,8 @@ def test_there_is_a_counter_for_every_block() -> None:
 
 
 def test_the_shapes_reach_all_that_a_range_of_chunks_can_be() -> None:
-    deepest = kernel.Variant(tokens=8, bf16=False, scale=0, zeros=False, spans=1).stages
+    narrow = {"tokens": 8, "bf16": False, "scale": 0, "zeros": False, "spans": 1}
+    deepest = max(kernel.Variant(**narrow, digits=form).stages for form in (False, True))
     found = set()
     for n, k, _ in (*SHAPES, *LONG):
         tiles, chunks = -(-n // kernel.PAIR), -(-k // kernel.CHUNK)
@@ -150,14 +151,34 @@ def test_products_are_near_float64_and_rows_do_not_depend_on_their_number(
 ) -> None:
     weight = on_gpu(*stored(n, k, group, zeros=zeros))
     x = inputs(max(WIDTHS), k, dtype)
-    exact = kernel.reference(x, weight)
-    whole = kernel.matmul(x, weight)
-    for width in WIDTHS:
-        torch.empty(width, n, dtype=dtype, device="cuda").fill_(float("nan"))  # where y may lie
-        found = kernel.matmul(x[:width], weight)
-        error = (found.double() - exact[:width]).norm() / exact[:width].norm()
-        assert float(error) < MOST_ERROR[dtype], (width, float(error))
-        assert torch.equal(found, whole[:width]), width
+    x[:, 3] *= 100  # as some channels of language models
+    right = kernel.reference(x, weight)
+    for exact in (False, True):
+        # In either form rows are those of the widest read in that form.
+        narrow = kernel.matmul(x[: kernel.DIGITS_MOST], weight, exact=exact)
+        wide = kernel.matmul(x, weight, exact=exact)
+        if exact:
+            assert torch.equal(narrow, wide[: len(narrow)])
+        for width in WIDTHS:
+            torch.empty(width, n, dtype=dtype, device="cuda").fill_(float("nan"))  # where y may lie
+            found = kernel.matmul(x[:width], weight, exact=exact)
+            error = (found.double() - right[:width]).norm() / right[:width].norm()
+            assert float(error) < MOST_ERROR[dtype], (width, float(error))
+            whole = narrow if width <= kernel.DIGITS_MOST else wide
+            assert torch.equal(found, whole[:width]), width
+
+
+@pytest.mark.gpu
+@needs_hopper
+def test_a_value_that_is_not_finite_is_not_hidden() -> None:
+    weight = on_gpu(*stored(512, 512, 128, zeros=False))
+    for value in (float("nan"), float("inf")):
+        x = inputs(40, 512, torch.float16)
+        x[1, 200] = value
+        for n in (3, 40):
+            found = kernel.matmul(x[:n], weight)
+            assert not bool(found[1].isfinite().any())
+            assert bool(found[0].isfinite().all() & found[2:].isfinite().all())
 
 
 @pytest.mark.gpu
@@ -174,9 +195,10 @@ def test_scales_are_taken_in_the_dtype_that_is_stored(scale: torch.dtype) -> Non
 @needs_hopper
 def test_a_row_does_not_depend_on_its_place() -> None:
     weight = on_gpu(*stored(768, 1024, 128, zeros=True))
-    x = inputs(64, 1024, torch.float16)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(2)).cuda()
-    assert torch.equal(kernel.matmul(x[order], weight), kernel.matmul(x, weight)[order])
+    for n in (30, 64):
+        x = inputs(n, 1024, torch.float16)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(2)).cuda()
+        assert torch.equal(kernel.matmul(x[order], weight), kernel.matmul(x, weight)[order])
 
 
 @pytest.mark.gpu
