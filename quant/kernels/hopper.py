@@ -20,6 +20,7 @@ NARROWEST, WIDEST = 8, 64  # tokens of a launch; more are several launches
 SHARED_BYTES = 200 * 1024  # of the 227 KiB a block may have; the rest is for its neighbours
 STAGE_ALIGNMENT = 1024
 SWIZZLED_BYTES = 128  # of a row of a box, as wgmma reads it
+LEAST_BUSY = 0.95  # of the blocks that run at once
 MOST_BLOCKS = 1 << 16  # of output features: as many count their parts
 MOST_UNITS = 1 << 23  # chunks of all tiles, so that times 256 pairs they are counted in 32 bits
 MOST_SUMS = 256 * 64  # of a block's tile: features times tokens
@@ -134,6 +135,17 @@ def misfit(n: int, k: int, *, rows: int, chunk: int) -> tuple[str, str]:
     if tiles * -(-k // chunk) > MOST_UNITS:
         return f"a weight of {MOST_UNITS * 2 * rows * chunk} numbers at most", f"N={n}, K={k}"
     return "", ""
+
+
+def share_out(tiles: int, chunks: int, blocks: int) -> int:
+    """Count the pairs of blocks that share a product. blocks: that the device runs at once.
+
+    As many as run; but a few less where all tiles are then cut alike, between the same chunks, so
+    that no pair works for two: a tile's sum waits for one after the other (H200, LOG.md).
+    """
+    pairs = min(blocks // 2, tiles * chunks)
+    even = pairs // tiles * tiles
+    return even if even >= LEAST_BUSY * pairs else pairs
 
 
 @cache

@@ -24,6 +24,20 @@ struct Share {
     u32 rank, pair, pairs, chunks, units;
 };
 
+// The pairs that have parts of a tile. A pair's range starts in one tile and may end in another: a
+// place for each.
+struct Owners {
+    u32 first, last;
+    u32 place_of_first;  // of the others it is 0
+};
+
+__device__ __forceinline__ Owners owners_of(const Share& share, u32 tile) {
+    const u32 start = tile * share.chunks;
+    const u32 first = pair_of(start, share.pairs, share.units);
+    const u32 last = pair_of(start + share.chunks - 1, share.pairs, share.units);
+    return {first, last, start_of(first, share.pairs, share.units) < start ? 1u : 0u};
+}
+
 // Wait for the first CONSUMERS threads of the block.
 template <int CONSUMERS>
 __device__ __forceinline__ void consumers_sync() {
@@ -32,25 +46,25 @@ __device__ __forceinline__ void consumers_sync() {
 
 // Leave a part of a tile's sums for the block that comes last, which adds all parts up in order.
 //
-// sum: of this thread, of TILES tiles of 64 features. READS: how many 16 bytes a thread may read at
-// once, as it has registers for. True: this block came last and has the whole.
+// sum: of this thread, of TILES tiles of 64 features. owners: of the tile. n: real tokens; others
+// are not passed on. READS: how many 16 bytes
+// a thread may read at once, as it has registers for. True: this block came last and has the whole.
 template <int CONSUMERS, int READS, int TILES, int HELD>
-__device__ __forceinline__ bool add_parts(float (&sum)[TILES][HELD], const Share& share, u32 tile) {
+__device__ __forceinline__ bool add_parts(float (&sum)[TILES][HELD], const Share& share,
+                                          const Owners& owners, u32 tile, u32 n) {
     constexpr int EACH = HELD / 4, FOURS = TILES * EACH;
     // Reads that are under way together, 16 bytes each: of so many parts.
     constexpr int AT_ONCE = FOURS < READS ? READS / FOURS : 1;
-    const u32 start = tile * share.chunks;
-    const u32 first = pair_of(start, share.pairs, share.units);
-    const u32 last = pair_of(start + share.chunks - 1, share.pairs, share.units);
     const auto part_of = [&](u32 pair) {
-        // A pair's range starts in one tile and may end in another: a place for each.
-        const u32 place = start_of(pair, share.pairs, share.units) >= start ? 0 : 1;
+        const u32 place = pair == owners.first ? owners.place_of_first : 0;
         return share.parts + ((pair * 2 + share.rank) * 2 + place) * (FOURS * CONSUMERS) + threadIdx.x;
     };
+    const u32 token = threadIdx.x % 4 * 2;  // a thread's first of every 8
     float4* own = part_of(share.pair);
 #pragma unroll
     for (int i = 0; i < FOURS; ++i) {
         const float* four = sum[i / EACH] + i % EACH * 4;
+        if (i % EACH * 8 + token >= n) continue;
         __stcg(own + i * CONSUMERS, make_float4(four[0], four[1], four[2], four[3]));
     }
     consumers_sync<CONSUMERS>();
@@ -63,21 +77,24 @@ __device__ __forceinline__ bool add_parts(float (&sum)[TILES][HELD], const Share
                      : "memory");
     }
     consumers_sync<CONSUMERS>();
-    if (*share.arrived != last - first) return false;
+    if (*share.arrived != owners.last - owners.first) return false;
 #pragma unroll
     for (int i = 0; i < TILES * HELD; ++i) sum[i / HELD][i % HELD] = 0.0f;
 #pragma unroll 1
-    for (u32 pair = first; pair <= last; pair += AT_ONCE) {
+    for (u32 pair = owners.first; pair <= owners.last; pair += AT_ONCE) {
         float4 value[AT_ONCE][FOURS];
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
-            const float4* part = part_of(min(pair + j, last));
+            const float4* part = part_of(min(pair + j, owners.last));
 #pragma unroll
-            for (int i = 0; i < FOURS; ++i) value[j][i] = __ldcg(part + i * CONSUMERS);
+            for (int i = 0; i < FOURS; ++i) {
+                value[j][i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                if (i % EACH * 8 + token < n) value[j][i] = __ldcg(part + i * CONSUMERS);
+            }
         }
 #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
-            if (pair + j > last) break;
+            if (pair + j > owners.last) break;
 #pragma unroll
             for (int i = 0; i < FOURS; ++i) {
                 float* four = sum[i / EACH] + i % EACH * 4;

@@ -121,9 +121,9 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(104)
     __syncwarp();
     pair_arrive();
     pair_wait();
-    asm volatile("griddepcontrol.wait;" ::: "memory");
 
     if (threadIdx.x >= CONSUMERS) {
+        asm volatile("griddepcontrol.wait;" ::: "memory");
         if (copies) {
             for (u32 i = 0; i < ahead; ++i) copy.next_x(i, i);
             u32 stage = 0, phase = 0;
@@ -138,6 +138,10 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(104)
         pair_arrive();
     } else {
         const Share share{parts, counters, &arrived, rank, pair, pairs, chunks, units};
+        // Of the range's first tile and its last; those between are whole.
+        const Owners of_first = owners_of(share, begin / chunks);
+        const Owners of_last = owners_of(share, (end - 1) / chunks);
+        asm volatile("griddepcontrol.wait;" ::: "memory");
         u32 stage = 0, phase = 0;
         for (u32 unit = begin; unit < end;) {
             const u32 tile = unit / chunks;
@@ -162,7 +166,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(104)
             }
             if (unit + STAGES <= end) leave(before);
             if (unit == end) pair_arrive();
-            if (many == chunks || add_parts<CONSUMERS, 8>(sum, share, tile)) {
+            const Owners owners = until - many == begin ? of_first : of_last;
+            if (many == chunks || add_parts<CONSUMERS, 8>(sum, share, owners, tile, n)) {
                 const u32 warp = threadIdx.x / 128 * (ROWS / 2) + threadIdx.x % 128 / 32 * 16;
 #pragma unroll
                 for (int i = 0; i < TILES; ++i) {

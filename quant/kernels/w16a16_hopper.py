@@ -60,7 +60,7 @@ class Plan:
 def plan(n: int, k: int, blocks: int) -> Plan:
     """Cut a weight of [N, K]. blocks: that the device runs at once."""
     tiles, chunks = -(-n // (2 * ROWS)), -(-k // CHUNK)
-    return Plan(tiles=tiles, chunks=chunks, pairs=min(blocks // 2, tiles * chunks))
+    return Plan(tiles=tiles, chunks=chunks, pairs=hopper.share_out(tiles, chunks, blocks))
 
 
 def unfit(n: int, k: int) -> tuple[str, str]:

@@ -6,6 +6,7 @@ constexpr int ROWS = 256;           // output features of a block
 constexpr int CHUNK = 128;          // inputs of a stage
 constexpr int CONSUMERS = 256;      // threads that multiply: two warpgroups, each two tiles of 64
 constexpr int HELD = TOKENS / 2;    // sums of a thread, of a tile
+constexpr int READS = TOKENS <= 16 ? 24 : 16;  // of 16 bytes, of parts of sums, at once
 constexpr int SCALE_BYTES = SCALE == 2 ? 4 : 2;
 constexpr int X_BYTES = TOKENS * X_A_TOKEN;
 constexpr int X_SCALES = TOKENS * X_SCALE_BYTES;

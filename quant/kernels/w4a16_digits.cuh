@@ -11,7 +11,8 @@
 typedef int Part;
 constexpr int PART = 2 * HELD;      // sums of a product that a thread has: of one digit, then the other
 constexpr int STEPS = 4 / SPANS;    // of 32 inputs, of a product
-constexpr u32 AT_ONCE = TOKENS <= 40 ? 2 : 1;  // chunks between two waits for everything
+// Chunks between two waits for everything.
+constexpr u32 AT_ONCE = TOKENS <= 8 ? 4 : TOKENS <= 40 ? 2 : 1;
 // Products of a warpgroup: of wide ones, there are no registers for two.
 constexpr int UNDER_WAY = TOKENS <= 40 ? 2 : 1;
 constexpr float OPENED_TO = ZEROS ? 1.0f : 16.0f;  // times what codes are

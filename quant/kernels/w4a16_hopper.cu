@@ -285,8 +285,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
         pair_arrive();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS_HAVE));
-        asm volatile("griddepcontrol.wait;" ::: "memory");
         const Share share{parts, counters, &arrived, rank, pair, pairs, chunks, units};
+        // Of the range's first tile and its last; those between are whole.
+        const Owners of_first = owners_of(share, begin / chunks);
+        const Owners of_last = owners_of(share, (end - 1) / chunks);
+        asm volatile("griddepcontrol.wait;" ::: "memory");
         Ring ring{stages, full, empty};
         float sum[2][HELD];
         barrier_wait(ring.full, ring.phase);
@@ -299,9 +302,13 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
             for (; unit + AT_ONCE <= until; unit += AT_ONCE) {
                 take<AT_ONCE>(sum, held, ring, end - unit);
             }
+            if constexpr (AT_ONCE > 2) {
+                for (; unit + 2 <= until; unit += 2) take<2>(sum, held, ring, end - unit);
+            }
             for (; unit < until; ++unit) take<1>(sum, held, ring, end - unit);
             if (unit == end) pair_arrive();
-            if (until - from == chunks || add_parts<CONSUMERS, 16>(sum, share, tile)) {
+            const Owners owners = from == begin ? of_first : of_last;
+            if (until - from == chunks || add_parts<CONSUMERS, READS>(sum, share, owners, tile, n)) {
                 // Of the block, a warp's first in its first tile.
                 const u32 row = threadIdx.x / 128 * 128 + threadIdx.x % 128 / 32 * 16;
                 const u32 feature = (tile * 2 + rank) * ROWS + row;

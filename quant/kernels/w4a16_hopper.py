@@ -249,7 +249,7 @@ def _launch(
     device = y.device
     blocks, chunks = weight.words.shape[:2]
     tiles = blocks // 2
-    pairs = min(hopper.multiprocessors(device) // 2, tiles * chunks)
+    pairs = hopper.share_out(tiles, chunks, hopper.multiprocessors(device))
     parts, counters = hopper.workspace(device)
     own_group = max(1, -(-min(weight.group, weight.shape[1]) // CHUNK))
     zeros = weight.scales if weight.zeros is None else weight.zeros

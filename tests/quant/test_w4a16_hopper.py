@@ -116,7 +116,7 @@ def test_the_shapes_reach_all_that_a_range_of_chunks_can_be() -> None:
     found = set()
     for n, k, _ in (*SHAPES, *LONG):
         tiles, chunks = -(-n // kernel.PAIR), -(-k // kernel.CHUNK)
-        pairs = min(H200 // 2, tiles * chunks)
+        pairs = hopper.share_out(tiles, chunks, H200)
         starts = [pair * tiles * chunks // pairs for pair in range(pairs + 1)]
         for start, end in pairwise(starts):
             many = end - start
