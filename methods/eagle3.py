@@ -33,6 +33,7 @@ from methods.transformer import MLP, Attention, Shape
 from methods.tree_recipe import TreeRecipe
 from methods.values import shown
 from methods.window import Window
+from quant.block_float import BlockFloat
 from quant.formats import Spec
 from quant.scheme import QuantLinear
 
@@ -91,13 +92,16 @@ class Eagle3Head(Head):
         embedded = self.embedding_norm(F.embedding(tokens, self.embedding))
         residual = normed if self.norm_before_residual else hidden
         attended = self.attention(torch.cat([embedded, normed], dim=1)[None], view, 0)[0]
-        normed, x = self.mlp_norm.add(residual, attended)
-        out = add(x, self.mlp(normed))
+        read, x = self.mlp_norm.add(residual, attended, reader=self.mlp.gate_up)
+        out = add(x, self.mlp(read))
         return self.norm(out) if self.norm_output else out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Over the draft vocabulary."""
-        out: Tensor = self.lm_head(hidden if self.norm_output else self.norm(hidden))
+        normed: Tensor | BlockFloat = hidden
+        if not self.norm_output:
+            normed, _ = self.norm.add(hidden, None, reader=self.lm_head)
+        out: Tensor = self.lm_head(normed)
         return out
 
 

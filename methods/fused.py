@@ -5,6 +5,9 @@ slots are decided is a tensor on the device. On the CPU they are plain torch.
 
 Letters: n new tokens, H query heads, G key-value heads, S slots, d head dimension, P positions,
 D hidden, I inner width of the feed-forward layer, V vocabulary, L layers.
+
+What a layer reads comes as it is, or on demand as digits: the same, rounded as
+`quant.block_float.round_blocks` does, by the same launches.
 """
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from methods.expansion import Expansion, Level
 from methods.kernels import reference
+from quant.block_float import BlockFloat
 from quant.grid import Tokens
 
 
@@ -27,14 +31,21 @@ def attends(cache: Tensor) -> bool:
 
 
 def attend(
-    queries: Tensor, cache: Tensor, base: Tensor, scratch: int, *, ancestors: Tensor | None
-) -> Tensor:
+    queries: Tensor,
+    cache: Tensor,
+    base: Tensor,
+    scratch: int,
+    *,
+    ancestors: Tensor | None,
+    digits: bool = False,
+) -> Tensor | BlockFloat:
     """Attend over all decided slots and over a node's own path. [n, H, d] -> [n, H * d].
 
     cache: [2, G, S, d], a layer's keys and values, those of the new tokens included. base: [1]
     int64, how many slots are decided; `scratch` slots behind them were read before these tokens.
     ancestors: [n, depth] int32; column t is the scratch slot of the node's ancestor at depth t,
     the node itself last, then -1. None where tokens are read in order, after all of scratch.
+    digits: one launch more unless d is a block.
 
     On a GPU a node's result is bit-equal whether its ancestors are decided or scratch, and however
     many nodes are read with it.
@@ -48,8 +59,8 @@ def attend(
     if fuses(queries):
         from methods.kernels import attention
 
-        return attention.attend(queries, cache, base, scratch, ancestors=ancestors)
-    return reference.attend(queries, cache, base, scratch, ancestors=ancestors)
+        return attention.attend(queries, cache, base, scratch, ancestors=ancestors, digits=digits)
+    return reference.attend(queries, cache, base, scratch, ancestors=ancestors, digits=digits)
 
 
 def rope_write(
@@ -112,16 +123,16 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 
 def add_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, digits: bool = False
+) -> tuple[Tensor | BlockFloat, Tensor]:
     """Add, round to the dtype, then norm: the normed sum and the sum. x, residual: [n, D]."""
     assert x.is_contiguous()
     assert residual is None or residual.is_contiguous()
     if fuses(x):
         from methods.kernels import norm
 
-        return norm.add_norm(x, residual, weight, eps)
-    return reference.add_norm(x, residual, weight, eps)
+        return norm.add_norm(x, residual, weight, eps, digits=digits)
+    return reference.add_norm(x, residual, weight, eps, digits=digits)
 
 
 def add_norm_round(
@@ -137,14 +148,14 @@ def add_norm_round(
     return reference.add_norm_round(x, residual, weight, eps)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, *, digits: bool = False) -> Tensor | BlockFloat:
     """Gate one half by the other. [n, 2I], the gate first -> [n, I]."""
     assert gate_up.is_contiguous()
     if fuses(gate_up):
         from methods.kernels import gate
 
-        return gate.silu_mul(gate_up)
-    return reference.silu_mul(gate_up)
+        return gate.silu_mul(gate_up, digits=digits)
+    return reference.silu_mul(gate_up, digits=digits)
 
 
 def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,14 @@
 """Root-mean-square norms (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.fused import add_norm
+from quant.block_float import BlockFloat
+from quant.scheme import QuantLinear
 
 
 class RMSNorm(nn.Module):
@@ -21,15 +25,31 @@ class RMSNorm(nn.Module):
         """x: [..., D] -> [..., D]."""
         return self.add(x, None)[0]
 
-    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    @overload
+    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def add(
+        self, x: Tensor, delta: Tensor | None, *, reader: QuantLinear
+    ) -> tuple[Tensor | BlockFloat, Tensor]: ...
+
+    def add(
+        self, x: Tensor, delta: Tensor | None, *, reader: QuantLinear | None = None
+    ) -> tuple[Tensor | BlockFloat, Tensor]:
         """Norm a residual stream after what a layer adds to it. x, delta: [..., D].
 
-        Gives the normed stream and the stream itself, x + delta.
+        Gives the normed stream and the stream itself, x + delta. reader: of the normed stream,
+        which is given to it as digits where it reads those and x is [n, D] or [1, n, D].
         """
         width = x.shape[-1]
-        rows = None if delta is None else delta.reshape(-1, width)
-        normed, summed = add_norm(x.reshape(-1, width), rows, self.weight, self.eps)
-        return normed.view(x.shape), summed.view(x.shape)
+        rows = x.reshape(-1, width)
+        n = len(rows)
+        added = None if delta is None else delta.reshape(-1, width)
+        one = x.dim() > 1 and n == x.shape[-2]  # sequence
+        digits = reader is not None and one and reader.reads_digits(n)
+        normed, summed = add_norm(rows, added, self.weight, self.eps, digits=digits)
+        shaped = normed if isinstance(normed, BlockFloat) else normed.view(x.shape)
+        return shaped, summed.view(x.shape)
 
 
 class HeadNorm(nn.Module):

@@ -16,6 +16,7 @@ from methods.kv import KVCache
 from methods.norm import HeadNorm, RMSNorm
 from methods.rope import Rope
 from methods.window import Window, window
+from quant.block_float import BlockFloat
 from quant.scheme import QuantLinear
 
 
@@ -82,10 +83,15 @@ class Attention(nn.Module):
         self.register_buffer("out_bias", out_bias)
         self.norm = norm
 
-    def forward(self, x: Tensor, view: Window, layer: int) -> Tensor:
-        """x: [B, n, K] -> [B, n, D]; writes this layer's scratch."""
-        mixed = view.attend(layer, self.qkv(x), bias=self.qkv_bias, norm=self.norm)
+    def forward(self, x: Tensor | BlockFloat, view: Window, layer: int) -> Tensor:
+        """x: [B, n, K], or n rows of one -> [B, n, D]; writes this layer's scratch."""
+        qkv: Tensor = self.qkv(x)
+        projected = qkv[None] if isinstance(x, BlockFloat) else qkv
+        shape = projected.shape[:-1]
+        digits = self.out.reads_digits(shape.numel())
+        mixed = view.attend(layer, projected, bias=self.qkv_bias, norm=self.norm, digits=digits)
         out: Tensor = self.out(mixed)
+        out = out.view(*shape, -1)
         return out if self.out_bias is None else out + self.out_bias
 
 
@@ -97,12 +103,13 @@ class MLP(nn.Module):
         self.gate_up = gate_up
         self.down = down
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, n, D] -> [B, n, D]."""
+    def forward(self, x: Tensor | BlockFloat) -> Tensor:
+        """x: [..., D] -> [..., D]; or n rows -> [n, D]."""
         gate_up: Tensor = self.gate_up(x)
-        gated = silu_mul(gate_up.flatten(0, -2))
-        out: Tensor = self.down(gated.view(*gate_up.shape[:-1], -1))
-        return out
+        rows, shape = gate_up.flatten(0, -2), gate_up.shape[:-1]
+        gated = silu_mul(rows, digits=self.down.reads_digits(len(rows)))
+        out: Tensor = self.down(gated if isinstance(gated, BlockFloat) else gated.view(*shape, -1))
+        return out.view(*shape, -1)
 
 
 class Block(nn.Module):
@@ -125,12 +132,14 @@ class Block(nn.Module):
 
         All [B, n, D]. A sum waits for the norm that reads it, so that both are one kernel.
         """
+        normed: Tensor | BlockFloat
         if self.input_norm is None:
             normed = entered = x if delta is None else x + delta
         else:
-            normed, entered = self.input_norm.add(x, delta)
-        normed, x = self.mlp_norm.add(entered, self.attention(normed, view, layer))
-        return entered, x, self.mlp(normed)
+            normed, entered = self.input_norm.add(x, delta, reader=self.attention.qkv)
+        attended = self.attention(normed, view, layer)
+        normed, x = self.mlp_norm.add(entered, attended, reader=self.mlp.gate_up)
+        return entered, x, self.mlp(normed).view(x.shape)
 
 
 class Transformer(nn.Module):

@@ -16,6 +16,7 @@ from methods import attention, fused
 from methods.kv import KVCache
 from methods.norm import HeadNorm
 from methods.rope import rotate
+from quant.block_float import BlockFloat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +27,18 @@ class Window(ABC):
 
     @abstractmethod
     def attend(
-        self, layer: int, projected: Tensor, *, bias: Tensor | None, norm: HeadNorm | None
-    ) -> Tensor:
+        self,
+        layer: int,
+        projected: Tensor,
+        *,
+        bias: Tensor | None,
+        norm: HeadNorm | None,
+        digits: bool,
+    ) -> Tensor | BlockFloat:
         """Turn, write and attend. projected: [B, n, (H + 2G) * d] -> [B, n, H * d].
 
         bias: [(H + 2G) * d], added first. norm: of queries and keys, before they are turned.
+        digits: whether they are wanted, of B * n rows; `Slots` alone gives them.
         """
 
 
@@ -46,7 +54,13 @@ class Slices(Window):
     seen: Tensor | None
 
     def attend(
-        self, layer: int, projected: Tensor, *, bias: Tensor | None, norm: HeadNorm | None
+        self,
+        layer: int,
+        projected: Tensor,
+        *,
+        bias: Tensor | None,
+        norm: HeadNorm | None,
+        digits: bool,
     ) -> Tensor:
         """As in `Window`."""
         batch, n, _ = projected.shape
@@ -75,8 +89,14 @@ class Slots(Window):
     ancestors: Tensor | None
 
     def attend(
-        self, layer: int, projected: Tensor, *, bias: Tensor | None, norm: HeadNorm | None
-    ) -> Tensor:
+        self,
+        layer: int,
+        projected: Tensor,
+        *,
+        bias: Tensor | None,
+        norm: HeadNorm | None,
+        digits: bool,
+    ) -> Tensor | BlockFloat:
         """As in `Window`."""
         cache, scratch = self.kv.data[layer, :, 0], self.kv.scratch
         queries = fused.rope_write(
@@ -90,7 +110,10 @@ class Slots(Window):
             eps=0.0 if norm is None else norm.eps,
             bias=bias,
         )
-        return fused.attend(queries, cache, self.base, scratch, ancestors=self.ancestors)[None]
+        mixed = fused.attend(
+            queries, cache, self.base, scratch, ancestors=self.ancestors, digits=digits
+        )
+        return mixed if isinstance(mixed, BlockFloat) else mixed[None]
 
 
 def window(

@@ -40,6 +40,14 @@ class QuantLinear(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply by the weight. x: [..., K] -> [..., N], in x's dtype."""
 
+    def reads_digits(self, n: int) -> bool:
+        """Tell whether n tokens are better given in block floating point (`quant.block_float`).
+
+        `forward` of a layer that says so takes them as a `BlockFloat` too, and gives [n, N] in the
+        layer's dtype: the bits that it gives for what they are rounded from.
+        """
+        return False
+
     @abstractmethod
     def dequantize(self) -> Tensor:
         """Give the weight as stored, [N, K] float32; never on a timed path."""

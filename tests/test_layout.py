@@ -13,8 +13,9 @@ from bench.build import ROOT
 PACKAGES = ("bench", "methods", "quant")
 # Modules of quant/ that know no scheme: what one is, and what is done to any.
 SCHEME_FREE = (
-    *("scheme", "stacked", "rounding", "gptq", "rotate", "grid"),
+    *("scheme", "stacked", "rounding", "gptq", "rotate", "grid", "block_float"),
     *(
+        "kernels.blocks_triton",
         "kernels.kernel",
         "kernels.choice",
         "kernels.early",

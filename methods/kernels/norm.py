@@ -8,14 +8,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant import block_float
+from quant.block_float import BlockFloat
 from quant.grid import INT8_MAX, Tokens
+from quant.kernels.blocks_triton import WIDTH as DIGITS
+from quant.kernels.blocks_triton import round_blocks, store_digits
 from quant.kernels.early import admit, await_earlier, early
 
 # 1.5 * 2**23: a float32 below 2**22 added to it and taken off is rounded to whole, ties to even.
 WHOLE = tl.constexpr(12582912.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "room"])
 def _add_norm(
     x,
     residual,
@@ -25,13 +29,19 @@ def _add_norm(
     scales,
     eps,
     tiniest,
+    n,
+    room,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ADDED: tl.constexpr,
     HIGHEST: tl.constexpr,
+    ROUNDED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One token. HIGHEST: the largest code of a rounded result, 0 where it is not rounded."""
+    """One token. HIGHEST: the largest code of a rounded result, 0 where it is not rounded.
+
+    ROUNDED: to digits, with scales, of n tokens; else n and room are not looked at.
+    """
     admit(EARLY)
     column = tl.arange(0, BLOCK)
     real = column < WIDTH
@@ -53,16 +63,25 @@ def _add_norm(
         scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), axis=0), HIGHEST), tiniest)
         tl.store(scales + tl.program_id(0), scale)
         value = (tl.div_rn(value, scale) + WHOLE) - WHOLE
-    tl.store(normed + row + column, value.to(normed.dtype.element_ty), mask=real)
+    if ROUNDED:
+        # What fills the last block is 0, as x and the weight are taken for there.
+        values = tl.reshape(value.to(tl.float32), [BLOCK // DIGITS, DIGITS])
+        store_digits(values, normed, scales, tl.program_id(0), 0, n, room, tl.cdiv(WIDTH, DIGITS))
+    else:
+        tl.store(normed + row + column, value.to(normed.dtype.element_ty), mask=real)
 
 
 def add_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, digits: bool = False
+) -> tuple[Tensor | BlockFloat, Tensor]:
     """See `methods.fused.add_norm`."""
+    if digits and x.shape[1] > DIGITS.value // 2:  # a program has whole blocks
+        rounded = block_float.empty(len(x), x.shape[1], x.device)
+        out, scales = rounded
+        return rounded, _launch(x, residual, weight, eps, normed=out, scales=scales, rounded=True)
     normed = torch.empty_like(x)
-    summed = _launch(x, residual, weight, eps, normed=normed, scales=normed, highest=0.0)
-    return normed, summed
+    summed = _launch(x, residual, weight, eps, normed=normed, scales=normed)
+    return round_blocks(normed) if digits else normed, summed
 
 
 def add_norm_round(
@@ -83,7 +102,8 @@ def _launch(
     *,
     normed: Tensor,
     scales: Tensor,
-    highest: float,
+    highest: float = 0.0,
+    rounded: bool = False,
 ) -> Tensor:
     n, width = x.shape
     block = triton.next_power_of_2(width)
@@ -97,10 +117,13 @@ def _launch(
         scales,
         eps,
         torch.finfo(torch.float32).tiny,
+        n,
+        scales.shape[1],
         WIDTH=width,
         BLOCK=block,
         ADDED=residual is not None,
         HIGHEST=highest,
+        ROUNDED=rounded,
         enable_fp_fusion=False,
         num_warps=min(16, max(1, block // 512)),
         **early(x.device),

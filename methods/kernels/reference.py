@@ -10,12 +10,19 @@ from torch import Tensor
 from methods import attention
 from methods.expansion import Expansion, Level
 from methods.rope import rotate
+from quant.block_float import BlockFloat, round_blocks
 from quant.grid import Tokens, round_tokens
 
 
 def attend(
-    queries: Tensor, cache: Tensor, base: Tensor, scratch: int, *, ancestors: Tensor | None
-) -> Tensor:
+    queries: Tensor,
+    cache: Tensor,
+    base: Tensor,
+    scratch: int,
+    *,
+    ancestors: Tensor | None,
+    digits: bool,
+) -> Tensor | BlockFloat:
     """Attend with a dense mask."""
     n = len(queries)
     length = int(base)
@@ -26,7 +33,8 @@ def attend(
         mask = (ancestors[:, :, None] == slots).any(dim=1)
     seen = torch.cat([mask.new_ones(n, length), mask], dim=1)
     keys, values = cache[:, None, :, : length + scratch + n]
-    return attention.attend(queries.transpose(0, 1)[None], keys, values, seen)[0]
+    mixed = attention.attend(queries.transpose(0, 1)[None], keys, values, seen)[0]
+    return round_blocks(mixed) if digits else mixed
 
 
 def rope_write(
@@ -58,25 +66,26 @@ def rope_write(
 
 
 def add_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, digits: bool
+) -> tuple[Tensor | BlockFloat, Tensor]:
     """Add, then norm."""
-    summed = x if residual is None else x + residual
-    return F.rms_norm(summed, weight.shape, weight, eps), summed
+    normed, summed = _add_norm(x, residual, weight, eps)
+    return round_blocks(normed) if digits else normed, summed
 
 
 def add_norm_round(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tokens, Tensor]:
     """Add, norm, then round each token."""
-    normed, summed = add_norm(x, residual, weight, eps)
+    normed, summed = _add_norm(x, residual, weight, eps)
     return round_tokens(normed), summed
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
+def silu_mul(gate_up: Tensor, *, digits: bool) -> Tensor | BlockFloat:
     """Gate the second half by the first."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    gated = F.silu(gate) * up
+    return round_blocks(gated) if digits else gated
 
 
 def best(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -188,3 +197,10 @@ def commit(caches: Tensor, base: Tensor, nodes: Tensor, count: Tensor) -> None:
     kept = nodes[: int(count)]
     start = base + torch.arange(len(kept), device=nodes.device)
     caches[:, :, :, start] = caches[:, :, :, base + kept]
+
+
+def _add_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    summed = x if residual is None else x + residual
+    return F.rms_norm(summed, weight.shape, weight, eps), summed

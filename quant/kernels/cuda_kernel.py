@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quant.block_float import BlockFloat
 from quant.dense import DenseLinear
 from quant.kernels import cuda_build, w16a16_hopper
 from quant.kernels import w4a16_hopper as kernel
@@ -95,6 +96,16 @@ class CudaInt4(Int4Linear):
     def product(self, x: Tensor) -> Tensor:
         """Multiply by the kernel. x: [n, K] -> [n, N]."""
         return kernel.matmul(x, self._prepared(), exact=self._exact)
+
+    def reads_digits(self, n: int) -> bool:
+        """As many as the kernel reads so, unless their inputs had to be put in order first."""
+        most = MOST_TOKENS if self._exact else kernel.DIGITS_MOST
+        return self.order is None and n <= most
+
+    def multiply_digits(self, x: BlockFloat) -> Tensor:
+        """Multiply what is rounded already. -> [n, N]."""
+        assert self.order is None, "digits lie in the order of the inputs"
+        return kernel.multiply(x, self._prepared(), self.dtype)
 
     def opened(self) -> Tensor:
         """Give the weight in x's dtype: by one kernel where Triton is, else by torch."""

@@ -11,6 +11,7 @@ Letters: n tokens, K in-features, N out-features.
 import torch
 from torch import Tensor
 
+from quant.block_float import BlockFloat
 from quant.kernels.kernel import KernelLinear
 from quant.scheme import QuantLinear
 
@@ -32,6 +33,16 @@ class Tiles(KernelLinear):
         """Multiply. x: [n, K] -> [n, N]."""
         tiles = [self._tile(x[i : i + self.rows]) for i in range(0, len(x), self.rows)]
         return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+
+    def reads_digits(self, n: int) -> bool:
+        """Where they are one tile, and the layer would."""
+        return not self.padded and n <= self.rows and self.layer.reads_digits(n)
+
+    def multiply_digits(self, x: BlockFloat) -> Tensor:
+        """Multiply one tile. -> [n, N]."""
+        if not isinstance(self.layer, KernelLinear):
+            return super().multiply_digits(x)
+        return self.layer.multiply_digits(x)
 
     def reference(self) -> QuantLinear:
         """Give the scheme's own layer."""

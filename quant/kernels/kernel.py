@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quant.block_float import BLOCK, BlockFloat
 from quant.scheme import QuantLinear
 
 
@@ -103,12 +104,18 @@ class KernelLinear(QuantLinear):
     def multiply(self, x: Tensor) -> Tensor:
         """Multiply rows. x: [n, K] contiguous, n >= 1 -> [n, N]."""
 
+    def multiply_digits(self, x: BlockFloat) -> Tensor:
+        """Multiply n rows of K inputs that are rounded already. -> [n, N]; see `reads_digits`."""
+        raise ValueError(f"kernel={self.kernel} reads no digits; x must be {self.dtype}")
+
     @abstractmethod
     def reference(self) -> QuantLinear:
         """Give the scheme's own layer, its tensors unpacked from the layout; never timed."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply. x: [..., K], contiguous, of the layer's dtype -> [..., N]."""
+    def forward(self, x: Tensor | BlockFloat) -> Tensor:
+        """Multiply. x: [..., K], contiguous, of the layer's dtype -> [..., N]; or digits."""
+        if isinstance(x, BlockFloat):
+            return self._forward_digits(x)
         if x.dtype != self.dtype or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x must be {self.dtype} of shape [..., {self.in_features}], "
@@ -123,6 +130,18 @@ class KernelLinear(QuantLinear):
     def dequantize(self) -> Tensor:
         """Give the weight as stored, [N, K] float32, from the kernel's layout."""
         return self.reference().dequantize()
+
+    def _forward_digits(self, x: BlockFloat) -> Tensor:
+        digits, scales = x
+        n, blocks = digits.shape[1], -(-self.in_features // BLOCK)
+        if digits.shape != (2, n, blocks * BLOCK) or len(scales) != blocks or scales.shape[1] < n:
+            raise ValueError(
+                f"digits must be of shape [2, n, {blocks * BLOCK}], scales of [{blocks}, n or more]"
+                f", got {list(digits.shape)} and {list(scales.shape)}"
+            )
+        if digits.device != (own := next(self.buffers()).device):
+            raise ValueError(f"digits must be on the layer's device {own}, got {digits.device}")
+        return self.multiply_digits(x)
 
 
 class Rounded:

@@ -15,7 +15,7 @@ early = pytest.importorskip("quant.kernels.early")
 PLAIN, EARLY = {"EARLY": False}, {"EARLY": True, "launch_pdl": True}
 FOLDERS = ("methods/kernels", "quant/kernels")
 KERNELS = {
-    *("attention._partials", "attention._combine", "best._block_best", "best._row_best"),
+    *("attention._partials", "combine._combine", "best._block_best", "best._row_best"),
     *("expansion._expand", "expansion._prune"),
     *(
         "commit._commit",
@@ -26,13 +26,20 @@ KERNELS = {
         "rope_write._rope_write",
     ),
     *("tree._ancestry", "tree._walk", "tokens_triton._round_rows", "w8a8_triton._product"),
+    "blocks_triton._round_blocks",
     *("w4a16_triton._product", "w4a16_triton._span_sums", "open_triton._open"),
 }
 # Of a kernel's parameters those that it may name before it waits: what no kernel writes, and sizes.
 CONSTANTS = {"weight", "bias", "norm", "smooth", "scales", "words"}
 SIZES = {"k", "n_out", "chunks"}
 # Where codes are written with their scales, these are no constants.
-WRITTEN = {"norm._add_norm": {"scales"}, "tokens_triton._round_rows": {"scales"}}
+WRITTEN = dict.fromkeys(
+    (
+        *("norm._add_norm", "gate._silu_mul", "combine._combine"),
+        *("tokens_triton._round_rows", "blocks_triton._round_blocks"),
+    ),
+    {"scales"},
+)
 
 
 def jitted(tree: ast.Module) -> dict[str, ast.FunctionDef]:
