@@ -69,6 +69,10 @@ class Drafter(ABC):
         """Most tokens that a step may give: the longest path, its end's bonus for the root."""
         return self.max_nodes
 
+    def blank(self, n: int) -> Tree:
+        """A tree of n nodes that lies where a proposed one does, on the host or on the device."""
+        return Tree.chain([0] * n)
+
     @abstractmethod
     def warm_up(self, features: int, *, unread: int) -> None:
         """Call what it captures in every shape (methods.graph).
@@ -108,9 +112,11 @@ class Method:
         self.cached: list[int] = []
         graphed = attends(self.kv.data)
         self._verify = Captured(
-            self._verified, device=target.device, graphed=graphed and rule.graphed
+            self._verified, device=target.device, graphed=graphed and rule.graphed, fetched=0
         )
-        self._commit = Captured(self._committed, device=target.device, graphed=graphed)
+        self._commit = Captured(
+            self._committed, device=target.device, graphed=graphed, borrows=True
+        )
 
     def warm_up(self, *, unread: int = 0) -> None:
         """Capture every forward of a step as a graph, where there is a GPU; forget everything.
@@ -120,10 +126,10 @@ class Method:
         with GRAPHS.warm_up():
             self.drafter.warm_up(self.features.shape[1], unread=unread)
             for n in self.drafter.widths:
+                tree = self.drafter.blank(n)
                 for behind in range(unread + 1):
                     self.kv.rewind(0)
                     known = torch.zeros(2 + behind, dtype=torch.int64)
-                    tree = Tree.chain([0] * n)
                     path, features = self._verify(known, tree.tokens, tree.parents)
                     if self._moves(n):
                         self._commit(known, path, features)
@@ -173,7 +179,7 @@ class Method:
         mark("verify")
         if self._moves(len(tree)):
             self._commit(known, path, features)
-        count, *rest = path.tolist()  # sync: the only one of a step
+        count, *rest = self._verify.fetch().tolist()  # sync: the only one of a step
         mark("commit")
         tokens = rest[len(tree) :][:count]
         self.kv.advance(len(unread) + count)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Key = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+from methods.parcel import Parcel
+
+Key = tuple[tuple[torch.Size, torch.dtype, bool], ...]
 WARMUP = 2  # runs before a capture: kernels are compiled and libraries make their workspaces
 
 
@@ -49,30 +51,52 @@ _POOLS: dict[torch.device, torch.cuda.MemPool] = {}
 
 @dataclass
 class _Graph:
+    """One capture, and the memory at the addresses that it knows.
+
+    inputs: where a call's own go, in pinned memory those that come from the host. sent, arrived:
+    these, in one pinned buffer and in the device's copy of it, which the graph itself makes.
+    landed: pinned memory into which it copies the output that the host reads. ended: recorded
+    behind the newest replay.
+    """
+
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
-    staged: list[Tensor | None]  # pinned memory for what comes from the host
+    sent: Parcel
+    arrived: Parcel
     outputs: tuple[Tensor, ...]
+    landed: Tensor | None
+    stream_of: torch.device
+    ended: torch.cuda.Event  # noqa: TID251  orders, and times nothing
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        for given, fixed, staged in zip(inputs, self.inputs, self.staged, strict=True):
-            if given.is_cuda:
+        if self.sent.parts:
+            # The newest replay reads pinned memory when the device comes to it; only its end tells
+            # that it has. In a step it has: each waits for its verification, and all that was
+            # launched before that, and behind it comes one short commit. So this asks, and hardly
+            # ever waits; it is what keeps callers right that wait for nothing.
+            self.ended.synchronize()
+        for given, fixed in zip(inputs, self.inputs, strict=True):
+            if given is not fixed:
                 fixed.copy_(given)
-            else:
-                # The copy reads pinned memory later: whoever calls again must have waited since, as
-                # a step does for its tokens.
-                assert staged is not None
-                staged.copy_(given)
-                fixed.copy_(staged, non_blocking=True)
         self.graph.replay()
+        self.ended.record(torch.cuda.current_stream(self.stream_of))
         return self.outputs
+
+    def fetch(self) -> Tensor:
+        assert self.landed is not None
+        self.ended.synchronize()  # sync
+        return self.landed
 
 
 class Captured:
     """A function of tensors, captured for each shape that it is warmed up with.
 
     The function must launch the same kernels for equal shapes, wait for nothing, and keep what it
-    changes at fixed addresses. Inputs may lie on the host.
+    changes at fixed addresses. Inputs may lie on the host; a graph is for inputs that lie where
+    those lay that it was captured with.
+
+    All that crosses between host and device is part of the graph: one copy brings every host input,
+    another takes one output back. So a call writes pinned memory and launches once.
     """
 
     def __init__(
@@ -81,43 +105,102 @@ class Captured:
         *,
         device: torch.device,
         graphed: bool = True,
+        fetched: int | None = None,
+        borrows: bool = False,
     ) -> None:
-        """graphed: False where the function cannot be captured; it is then called as it is."""
+        """graphed: False where the function cannot be captured; it is then called as it is.
+
+        fetched: which of the outputs the host reads, by `fetch`. borrows: device inputs are read
+        where they lay at the capture, as another's outputs always do for equal shapes; else they
+        are copied. The function must not write to them.
+        """
         self._function = function
         self._device = device
         self._graphed = graphed and device.type == "cuda"
+        self._fetched = fetched
+        self._borrows = borrows
         self._graphs: dict[Key, _Graph] = {}
+        self._newest: _Graph | Tensor | None = None
 
     @torch.inference_mode()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Replay, or run where no graph of these shapes stands."""
-        if not self._graphed:
-            return self._function(*(tensor.to(self._device) for tensor in inputs))
-        key = tuple((tuple(tensor.shape), tensor.dtype) for tensor in inputs)
-        if key not in self._graphs:
-            if not GRAPHS.capturing:
+        graph = self._graph(inputs) if self._graphed else None
+        if graph is None:
+            outputs = self._function(*(tensor.to(self._device) for tensor in inputs))
+            self._newest = None if self._fetched is None else outputs[self._fetched]
+            return outputs
+        self._newest = graph
+        return graph.replay(inputs)
+
+    def fetch(self) -> Tensor:
+        """Wait for the newest call, and for no later work, where it was a replay.
+
+        Gives the output that the host reads, in host memory; it stands until the next call.
+        """
+        assert self._newest is not None
+        if isinstance(self._newest, Tensor):
+            return self._newest.cpu()  # sync
+        return self._newest.fetch()
+
+    def _graph(self, inputs: tuple[Tensor, ...]) -> _Graph | None:
+        key = tuple([(tensor.shape, tensor.dtype, tensor.is_cuda) for tensor in inputs])
+        graph = self._graphs.get(key)
+        if graph is None:
+            if GRAPHS.capturing:
+                graph = self._graphs[key] = self._capture(inputs)
+            else:
                 GRAPHS.missed += 1
-                return self._function(*(tensor.to(self._device) for tensor in inputs))
-            self._graphs[key] = self._capture(inputs)
-        return self._graphs[key].replay(inputs)
+        return graph
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> _Graph:
         torch.cuda.empty_cache()  # as a capture does, which would hide what it takes
         before = torch.cuda.memory_reserved(self._device)
-        fixed = [tensor.to(self._device, copy=True) for tensor in inputs]
-        staged = [None if t.is_cuda else torch.empty_like(t).pin_memory() for t in inputs]
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            for _ in range(WARMUP):
-                self._function(*fixed)
-        torch.cuda.current_stream(self._device).wait_stream(side)
+        # Pinned memory is made here and lives as long as the graph: none may be asked for during a
+        # capture, and what is freed would be given to others while the graph still knows it.
+        hosts = [tensor for tensor in inputs if not tensor.is_cuda]
+        sent = Parcel.like(hosts, torch.device("cpu"), pinned=True)
+        for part, given in zip(sent.parts, hosts, strict=True):
+            part.copy_(given)
+        arrived = Parcel.like(hosts, self._device)
+        arrived.whole.copy_(sent.whole)
+        at_host, on_device = iter(sent.parts), iter(arrived.parts)
+        own = [t if self._borrows or not t.is_cuda else t.clone() for t in inputs]
+        fixed = [t if t.is_cuda else next(on_device) for t in own]
+        landed = self._warm(fixed)
         if self._device not in _POOLS:
             _POOLS[self._device] = torch.cuda.MemPool()
         graph = torch.cuda.CUDAGraph()
         pool = _POOLS[self._device].id
         with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]
+            if hosts:
+                arrived.whole.copy_(sent.whole, non_blocking=True)
             outputs = self._function(*fixed)
+            if landed is not None and self._fetched is not None:
+                landed.copy_(outputs[self._fetched], non_blocking=True)
         GRAPHS.captured += 1
         GRAPHS.reserved_bytes += torch.cuda.memory_reserved(self._device) - before
-        return _Graph(graph, fixed, staged, outputs)
+        return _Graph(
+            graph=graph,
+            inputs=[t if t.is_cuda else next(at_host) for t in own],
+            sent=sent,
+            arrived=arrived,
+            outputs=outputs,
+            landed=landed,
+            stream_of=self._device,
+            ended=torch.cuda.Event(),  # type: ignore[no-untyped-call]  # noqa: TID251
+        )
+
+    def _warm(self, fixed: list[Tensor]) -> Tensor | None:
+        """Run before a capture; give pinned memory like the output that the host reads."""
+        landed = None
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            for _ in range(WARMUP):
+                outputs = self._function(*fixed)
+                if self._fetched is not None and landed is None:
+                    landed = torch.empty_like(outputs[self._fetched], device="cpu", pin_memory=True)
+                del outputs
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        return landed

@@ -144,6 +144,13 @@ class TreeDrafter(Drafter):
             self.kv.rewind(0)
             self._draft(torch.zeros(1 + m, dtype=torch.int64), rows[:m])
 
+    def blank(self, n: int) -> Tree:
+        """Trees are grown on the device; a root alone comes from the host."""
+        tree = super().blank(n)
+        if n == 1:
+            return tree
+        return Tree(tokens=tree.tokens.to(self.device), parents=tree.parents.to(self.device))
+
     def propose(self, state: State, mark: Mark = unmarked) -> Tree:
         """Read what was decided since, then draft behind it.
 

@@ -52,6 +52,9 @@ class HandsOn(Drafter):
     def widths(self) -> Sequence[int]:
         return self.inner.widths
 
+    def blank(self, n: int) -> Tree:
+        return self.inner.blank(n)
+
     def warm_up(self, features: int, *, unread: int) -> None:
         self.inner.warm_up(features, unread=unread)
 

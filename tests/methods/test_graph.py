@@ -31,6 +31,14 @@ def test_elsewhere_than_on_a_gpu_a_function_simply_runs() -> None:
     assert calls == [(3,), (4,)]
 
 
+def test_elsewhere_what_is_fetched_is_the_newest_calls_output() -> None:
+    captured = Captured(lambda x: (x, 2 * x), device=torch.device("cpu"), fetched=1)
+    captured(torch.tensor([1]))
+    _, out = captured(torch.tensor([3, 4]))
+    assert captured.fetch().tolist() == [6, 8]
+    assert torch.equal(captured.fetch(), out)
+
+
 def parts_of(family: Family, dtype: torch.dtype, *, draft_ids: Tensor | None = None) -> Parts:
     target = load(family.target, Dense(), dtype, "cuda")
     return make_parts(family, target=target, draft_ids=draft_ids)
