@@ -201,18 +201,16 @@ class Method:
         """
         base, seed, unread = known[:1], known[1:2], known[2:]
         u = len(unread)
-        chain = torch.arange(-1, u - 1, device=known.device)
-        read, depths = read_tree(
-            self.target,
-            self.kv,
-            base,
-            torch.cat([unread, tokens])[None],
-            torch.cat([chain, parents + u]),
-            taps=self.drafter.taps,
+        given, above = tokens, parents
+        if u > 0:  # else what is given is all there is to read: no kernel is spent on it
+            chain = torch.arange(-1, u - 1, device=known.device)
+            given, above = torch.cat([unread, tokens]), torch.cat([chain, parents + u])
+        read, positions = read_tree(
+            self.target, self.kv, base, given[None], above, taps=self.drafter.taps
         )
         logits = self.target.logits(read.hidden[0, u:])
         tree = Tree(tokens=tokens, parents=parents)
-        picked = self.rule.choose(tree, logits, base + depths[u:] + 1, seed=seed)
+        picked = self.rule.choose(tree, logits, positions[u:] + 1, seed=seed)
         return walk(tokens, parents, picked), read.features[0]
 
     def _moves(self, n: int) -> bool:
@@ -222,13 +220,14 @@ class Method:
     def _committed(self, known: Tensor, path: Tensor, features: Tensor) -> tuple[Tensor, ...]:
         """Move what stands to where it belongs. Arguments as `_verified` has and gives them."""
         n, u = len(path) // 2, len(known) - 2
-        count, nodes = path[:1], path[1 : 1 + n]
+        base, count, nodes = known[:1], path[:1], path[1 : 1 + n]
         if n > 1:
-            commit(self.kv.data[:, :, 0], known[:1] + u, nodes, count)
+            commit(self.kv.data[:, :, 0], base + u if u else base, nodes, count)
         if self.features.shape[1]:
             # Rows behind the last that stands are written too, and overwritten by the next step.
-            rows = known[:1] + torch.arange(u + n, device=path.device)
-            taken = torch.cat([torch.arange(u, device=path.device), u + nodes])
+            rows = base + torch.arange(u + n, device=path.device)
+            chain = torch.arange(u, device=path.device)
+            taken = torch.cat([chain, u + nodes]) if u else nodes
             self.features[rows] = features[taken]
         return ()
 

@@ -215,6 +215,8 @@ class Transformer(nn.Module):
         hidden, _ = self.norm.add(x, delta)
         streams[len(self.blocks)] = hidden
         kept = [streams[tap] for tap in taps]
+        if len(kept) == 1:
+            return Read(hidden, kept[0])
         return Read(hidden, torch.cat(kept, dim=-1) if kept else hidden[..., :0])
 
     @torch.inference_mode()
@@ -261,9 +263,12 @@ def read_tree(
     """Read a tree behind what is decided, and leave the scratch as if nothing had been read.
 
     base: [1] int64, the decided length. tokens: [B, n]; parents: [n], as of a `Tree`. Gives what
-    was read, and the depths of the nodes, [n].
+    was read, and the positions of the nodes, [n].
     """
-    _, depths, ancestors = ancestry(parents, len(parents))
-    read = target(tokens, base + depths, kv, ancestors, taps=taps, base=base)
+    positions, ancestors = base, None
+    if len(parents) > 1:  # a root alone is read in order, and its path is known
+        _, depths, ancestors = ancestry(parents, len(parents))
+        positions = base + depths
+    read = target(tokens, positions, kv, ancestors, taps=taps, base=base)
     kv.scratch = 0
-    return read, depths
+    return read, positions

@@ -85,6 +85,16 @@ def test_attention_is_that_of_float64(
 
 
 @kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", [0, 63, 64, 255, 700][: None if ON_GPU else 3])
+def test_a_root_is_bit_equal_in_order_and_by_its_path(base: int, dtype: torch.dtype) -> None:
+    queries, cache = draw(1, 8, 64, dtype=dtype), draw(2, 2, base + 4, 64, dtype=dtype)
+    path = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
+    by_path = attention.attend(queries, cache, base_of(base), 0, ancestors=path)
+    assert torch.equal(attention.attend(queries, cache, base_of(base), 0, ancestors=None), by_path)
+
+
+@kernel
 @pytest.mark.parametrize("dtype", DTYPES if ON_GPU else DTYPES[:1])
 @pytest.mark.parametrize(("heads", "groups", "dim"), [(8, 1, 64), (2, 2, 32), (8, 2, 128)][FEW])
 @pytest.mark.parametrize("length", [250, 60, 520, 1][FEW])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from methods.transformer import Transformer
+from methods.transformer import Transformer, read_tree
 from methods.tree import Tree
 from quant.dense import Dense
 from tests.family import llama_config, write_llama
@@ -73,6 +73,20 @@ def test_a_tree_reads_as_each_of_its_paths_would(tmp_path: Path) -> None:
         path = tree.tokens[tree.mask[node]]
         alone = read_whole(model, torch.cat([prompt[0], path])[None])[0, -1]
         torch.testing.assert_close(got[node], alone, rtol=0, atol=1e-12)
+
+
+def test_a_root_alone_is_read_as_the_first_node_of_any_tree(tmp_path: Path) -> None:
+    model = load(write_llama(tmp_path, llama_config(), seed=1), Dense())
+    kv = model.cache(20)
+    model(random_tokens(9), torch.arange(9), kv)
+    kv.advance(9)
+    tree, base = Tree.chain([4, 5, 6]), torch.tensor([9])
+    whole, positions = read_tree(model, kv, base, tree.tokens[None], tree.parents)
+    assert positions.tolist() == [9, 10, 11]
+    alone, positions = read_tree(model, kv, base, tree.tokens[None, :1], tree.parents[:1])
+    assert positions.tolist() == [9]
+    torch.testing.assert_close(alone.hidden[0, 0], whole.hidden[0, 0], rtol=0, atol=1e-12)
+    assert kv.scratch == 0
 
 
 def test_features_are_the_streams_that_transformers_calls_hidden_states(tmp_path: Path) -> None:
