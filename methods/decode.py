@@ -156,15 +156,17 @@ class Method:
         mark("draft_prefill")
         return state
 
-    def resume(self, tokens: list[int], *, seed: int = 0) -> State:
+    def resume(self, tokens: list[int], *, seed: int = 0, same: int = 0) -> State:
         """Go on from other tokens: keep the prefix that is cached, read nothing yet.
 
         What was decided meanwhile and is not cached rides along with the next step's tree.
+        same: leading tokens that, as far as they are cached, need not be compared.
         """
         self._require_room(tokens)
-        kept = _shared(self.cached, tokens[:-1])
+        same = min(same, len(self.cached), len(tokens) - 1)
+        kept = same + _shared(self.cached[same:], tokens[same:-1])
         self.kv.rewind(kept)
-        self.cached = self.cached[:kept]
+        del self.cached[kept:]
         return self._state(tokens, kept=kept, seed=seed)
 
     def step(self, state: State, mark: Mark = unmarked) -> State:
@@ -179,13 +181,17 @@ class Method:
         mark("verify")
         if self._moves(len(tree)):
             self._commit(known, path, features)
+        # While the device works: a copy of a long context takes longer than the rest of this.
+        tokens = list(state.tokens)
+        self.cached += tokens[start:]
         count, *rest = self._verify.fetch().tolist()  # sync: the only one of a step
         mark("commit")
-        tokens = rest[len(tree) :][:count]
+        new = rest[len(tree) :][:count]
         self.kv.advance(len(unread) + count)
-        self.cached += [*state.tokens[start:], *tokens[:-1]]
+        tokens += new
+        self.cached += new[:-1]
         return State(
-            tokens=state.tokens + tokens,
+            tokens=tokens,
             kept=len(state.tokens),
             features=self.features[: self.kv.length],
             seed=state.seed,
@@ -268,12 +274,13 @@ def generate(
     state = method.prefill(prompt, seed=seed, mark=mark)
     accepted: list[int] = []
     drafted: list[int] = []
+    new: list[int] = []
     while True:
         state = method.step(state, mark)
         accepted.append(state.accepted)
         drafted.append(state.drafted)
-        new = state.tokens[len(prompt) :]
-        keep = stop(new[:limit])
+        new += state.tokens[len(prompt) + len(new) :]
+        keep = stop(new if len(new) <= limit else new[:limit])
         mark("stop")
         if keep is not None or len(new) >= limit:
             return Output(

@@ -51,7 +51,7 @@ class HierarchicalDrafter(Drafter):
     def propose(self, state: State, mark: Mark = unmarked) -> Tree:
         """Collect inner steps into a chain."""
         root = len(state.tokens) - 1
-        inner = self.method.resume(state.tokens, seed=state.seed)
+        inner = self.method.resume(state.tokens, seed=state.seed, same=state.kept)
         while len(inner.tokens) <= root + self.min_draft:
             inner = self.method.step(
                 inner, lambda stage: mark("host" if stage == "host" else "draft")

@@ -96,6 +96,37 @@ def test_resuming_keeps_the_shared_prefix_and_reads_the_rest_with_the_next_step(
     assert method.step(resumed).tokens == fresh.step(fresh.prefill(other)).tokens
 
 
+def test_what_is_known_to_be_the_same_need_not_be_compared(parts: Parts) -> None:
+    method = Vanilla().method(parts)
+    state = method.step(method.step(method.prefill(PROMPT)))
+    other = [*state.tokens[:-1], 50, 51]
+    resumed = method.resume(other, same=len(PROMPT) - 1)
+    assert resumed.kept == len(state.tokens) - 1  # the rest is compared
+    assert method.resume(other, same=100).kept == resumed.kept  # no more is cached
+    fresh = Vanilla().method(parts)
+    assert method.step(resumed).tokens == fresh.step(fresh.prefill(other)).tokens
+
+
+def test_a_step_leaves_the_state_before_it_as_it_was(parts: Parts) -> None:
+    method = Vanilla().method(parts)
+    before = method.prefill(PROMPT)
+    after = method.step(method.step(before))
+    assert before.tokens == PROMPT
+    assert after.tokens[: len(PROMPT)] == PROMPT
+    assert len(after.tokens) == len(PROMPT) + 2
+
+
+def test_a_stop_is_told_all_new_tokens_up_to_the_limit(parts: Parts) -> None:
+    plain = run(parts, VanillaDrafter(), limit=12).token_ids
+    script = PROMPT + plain
+    method = Method(
+        parts.target, Scripted(script, depth=4, error=0, vocab=VOCAB), Greedy(), context=100
+    )
+    told: list[list[int]] = []
+    generate(method, PROMPT, limit=12, stop=lambda new: told.append(list(new)))  # type: ignore[func-returns-value]
+    assert told == [plain[:5], plain[:10], plain]
+
+
 def test_a_prompt_longer_than_the_context_is_refused(parts: Parts) -> None:
     method = Method(parts.target, VanillaDrafter(), Greedy(), context=5)
     with pytest.raises(ValueError, match="1 to 5 tokens, got 6"):
