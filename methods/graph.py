@@ -65,7 +65,7 @@ class _Graph:
     arrived: Parcel
     outputs: tuple[Tensor, ...]
     landed: Tensor | None
-    stream_of: torch.device
+    device: torch.device
     ended: torch.cuda.Event  # noqa: TID251  orders, and times nothing
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -79,7 +79,7 @@ class _Graph:
             if given is not fixed:
                 fixed.copy_(given)
         self.graph.replay()
-        self.ended.record(torch.cuda.current_stream(self.stream_of))
+        self.ended.record(torch.cuda.current_stream(self.device))
         return self.outputs
 
     def fetch(self) -> Tensor:
@@ -187,7 +187,7 @@ class Captured:
             arrived=arrived,
             outputs=outputs,
             landed=landed,
-            stream_of=self._device,
+            device=self._device,
             ended=torch.cuda.Event(),  # type: ignore[no-untyped-call]  # noqa: TID251
         )
 
