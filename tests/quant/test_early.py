@@ -33,13 +33,11 @@ KERNELS = {
 CONSTANTS = {"weight", "bias", "norm", "smooth", "scales", "words"}
 SIZES = {"k", "n_out", "chunks"}
 # Where codes are written with their scales, these are no constants.
-WRITTEN = dict.fromkeys(
-    (
-        *("norm._add_norm", "gate._silu_mul", "combine._combine"),
-        *("tokens_triton._round_rows", "blocks_triton._round_blocks"),
-    ),
-    {"scales"},
-)
+ROUNDING = ("norm._add_norm", "gate._silu_mul", "combine._combine")
+WRITTEN = {
+    name: {"scales"}
+    for name in (*ROUNDING, "tokens_triton._round_rows", "blocks_triton._round_blocks")
+}
 
 
 def jitted(tree: ast.Module) -> dict[str, ast.FunctionDef]:
