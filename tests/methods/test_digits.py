@@ -135,6 +135,13 @@ def test_rows_of_a_batch_keep_their_shape() -> None:
         assert torch.equal(found, expected)
 
 
+def test_a_single_row_without_a_batch_stays_one() -> None:
+    norm, x = RMSNorm(torch.ones(8), 1e-5), torch.randn(8)
+    normed, _ = norm.add(x, None, reader=Reader(torch.ones(2, 8), most=MOST))
+    assert isinstance(normed, Tensor)
+    assert torch.equal(normed, norm(x))
+
+
 def test_a_block_without_an_input_norm_reads_what_enters_as_it_is() -> None:
     one = block(most=MOST)
     one.input_norm = None
