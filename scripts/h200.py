@@ -48,6 +48,8 @@ def cases() -> dict[str, list[str]]:
         made[name] = [*COST, "method=vanilla", f"model=llama3_{model}", f"quant={scheme}"]
         if scheme in EXACT:
             made[f"{name}.exact"] = [*made[name], "exact=true"]
+        if scheme == "w4a16":  # as others count a model in 4 bits, its output projection too
+            made[f"{name}.lm_head"] = [*made[name], "quant.lm_head=w4a16"]
     for target in TARGETS:
         for name, words in ROUNDS.items():
             own = [*words, f"quant={target}", *DRAFT]
