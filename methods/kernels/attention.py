@@ -69,8 +69,26 @@ def _write(outs, place, real, top, total, acc, DIM: tl.constexpr):
 
 
 @triton.jit
+def _ahead(cache, task, strides, GROUPS: tl.constexpr, DIM: tl.constexpr, SIZE: tl.constexpr):
+    """Keys and values of a program's first step, [STEP, DIM] each, as far as they are decided."""
+    program, shared_programs, tiles, nodes, base, decided = task
+    stride_kind, stride_group, stride_slot = strides
+    mine = program < shared_programs
+    rest = program - shared_programs
+    group = tl.where(mine, program // tiles, rest) % GROUPS
+    own = decided + rest // (GROUPS * nodes) * STEP
+    slot = tl.where(mine, program // (tiles * GROUPS) * SIZE, own) + tl.arange(0, STEP)
+    there = slot < tl.where(mine, decided, base)
+    tile = cache + group.to(tl.int64) * stride_group
+    tile += slot[:, None] * stride_slot + tl.arange(0, DIM)[None, :]
+    keys = tl.load(tile, mask=there[:, None], other=0.0)
+    return keys, tl.load(tile + stride_kind, mask=there[:, None], other=0.0)
+
+
+@triton.jit
 def _share(
     tensors,
+    first,
     task,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -79,7 +97,10 @@ def _share(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One piece, of SIZE keys at most, of one tile. Its rows count nodes, then a group's heads."""
+    """One piece, of SIZE keys at most, of one tile. Its rows count nodes, then a group's heads.
+
+    first: keys and values of the piece's first step.
+    """
     shared: tl.constexpr = HEADS // GROUPS
     queries, cache, outs, scale, stride_kind, stride_group, stride_slot = tensors
     program, tiles, nodes, decided = task
@@ -98,14 +119,9 @@ def _share(
         tile = cache + group.to(tl.int64) * stride_group
         tile += slot[:, None] * stride_slot + dim[None, :]
         seen = tl.full([STEP], True, tl.int1)
-        if SIZE == STEP:
-            keys, values = tl.load(tile), tl.load(tile + stride_kind)
-            top, total, acc = _step(query, keys, values, seen, scale, PRECISION)
-        else:
-            top = tl.full([ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            acc = tl.zeros([ROWS, DIM], tl.float32)
-            for key in tl.range(0, end - start, STEP, num_stages=STAGES):
+        top, total, acc = _step(query, *first, seen, scale, PRECISION)
+        if SIZE > STEP:
+            for key in tl.range(STEP, end - start, STEP, num_stages=STAGES):
                 keys = tl.load(tile + key * stride_slot)
                 values = tl.load(tile + key * stride_slot + stride_kind)
                 one = _step(query, keys, values, seen, scale, PRECISION)
@@ -116,6 +132,7 @@ def _share(
 @triton.jit
 def _own(
     tensors,
+    first,
     ancestors,
     task,
     HEADS: tl.constexpr,
@@ -124,9 +141,12 @@ def _own(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The step from `start` on of one node, whose keys from `base` on lie at its ancestors."""
+    """The step from `start` on of one node, whose keys from `base` on lie at its ancestors.
+
+    first: keys and values of the step's positions below `ready`.
+    """
     queries, cache, outs, scale, stride_kind, stride_group, stride_slot = tensors
-    nodes, node, group, start, base, end, piece = task
+    nodes, node, group, start, base, end, piece, ready = task
     dim = tl.arange(0, DIM)
     position = start + tl.arange(0, STEP)
     seen = position < end
@@ -137,8 +157,10 @@ def _own(
         slot = tl.where(drafted, base + tl.load(at, mask=drafted, other=0), position)
     tile = cache + group.to(tl.int64) * stride_group
     tile += slot[:, None] * stride_slot + dim[None, :]
-    keys = tl.load(tile, mask=seen[:, None], other=0.0)
-    values = tl.load(tile + stride_kind, mask=seen[:, None], other=0.0)
+    keys, values = first
+    there, later = (position < ready)[:, None], (seen & (position >= ready))[:, None]
+    keys = tl.where(there, keys, tl.load(tile, mask=later, other=0.0))
+    values = tl.where(there, values, tl.load(tile + stride_kind, mask=later, other=0.0))
     row = tl.arange(0, ROWS)
     real = row < HEADS // GROUPS
     place = node * HEADS + group * (HEADS // GROUPS) + row
@@ -183,16 +205,20 @@ def _partials(
     fine launch all lie by position.
     """
     admit(EARLY)
-    await_earlier(EARLY)
-    outs = (tops, totals, sums)
-    tensors = (queries, cache, outs, scale, stride_kind, stride_group, stride_slot)
+    # What is decided stands, see `early`: it is on its way before the kernel ahead has ended.
     program = tl.program_id(0)
     base = tl.load(base_at).to(tl.int32)
     decided = base // STEP * STEP
+    size: tl.constexpr = STEP if FINE else SPLIT
+    strides = (stride_kind, stride_group, stride_slot)
+    share = (program, shared_programs, tiles, nodes, base, decided)
+    keys, values = _ahead(cache, share, strides, GROUPS, DIM, size)
+    await_earlier(EARLY)
+    outs = (tops, totals, sums)
+    tensors = (queries, cache, outs, scale, stride_kind, stride_group, stride_slot)
     if program < shared_programs:
-        size: tl.constexpr = STEP if FINE else SPLIT
         tile = (program, tiles, nodes, decided)
-        _share(tensors, tile, HEADS, GROUPS, DIM, size, PRECISION, STAGES)
+        _share(tensors, (keys, values), tile, HEADS, GROUPS, DIM, size, PRECISION, STAGES)
     else:
         rest = program - shared_programs
         node = rest // GROUPS % nodes
@@ -201,8 +227,9 @@ def _partials(
         first = rest // (GROUPS * nodes)
         for step in tl.range(first, (end - decided - 1) // STEP + 1, hop, num_stages=1):
             piece = decided // STEP + step if FINE else own_at + step
-            task = (nodes, node, rest % GROUPS, decided + step * STEP, base, end, piece)
-            _own(tensors, ancestors, task, HEADS, GROUPS, DIM, DEPTH, PRECISION)
+            start, ready = decided + step * STEP, base * (step == first)
+            task = (nodes, node, rest % GROUPS, start, base, end, piece, ready)
+            _own(tensors, (keys, values), ancestors, task, HEADS, GROUPS, DIM, DEPTH, PRECISION)
 
 
 def attend(

@@ -8,8 +8,10 @@ a Triton kernel takes it so by EARLY, in this form:
 - `await_earlier(EARLY)` is a statement of its body, in no branch, before any return: every program
   waits, those too that find nothing to do.
 - Before that it reads true constants alone (weights, scales, biases, tables of angles), which no
-  kernel of a step writes, and it writes nothing. All else (activations, caches, positions, lengths,
-  tokens) may be what a kernel ahead writes still, and its outputs what one ahead reads still.
+  kernel of a step writes, and it writes nothing. All else (activations, caches, positions, tokens)
+  may be what a kernel ahead writes still, and its outputs what one ahead reads still. Of a cache
+  what is decided, and how much that is, counts as constant: a read of it begins with a plain
+  launch or with a graph, behind all that wrote what the host had decided by then.
 - Its launch passes `**early(device)`.
 
 The wait ends when the one kernel directly ahead has ended and what it wrote can be read. That is
