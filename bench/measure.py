@@ -22,6 +22,7 @@ from methods.grow import Head
 from methods.kv import KVCache
 from methods.transformer import Transformer, read_tree
 from methods.tree import Tree
+from quant.block_float import BlockFloat
 from quant.scheme import QuantLinear
 
 STAGE = "case"
@@ -51,7 +52,9 @@ def verify_cases(
         target(rows, torch.arange(context, device=target.device), kv)
         kv.advance(context)
         for n in widths:
-            tree = random_tree(n, target.shape.vocab_size, seed=seed, device=target.device)
+            # As in decoding, where plain steps send a root and drafters' trees lie on the device.
+            place = target.device if n > 1 else torch.device("cpu")
+            tree = random_tree(n, target.shape.vocab_size, seed=seed, device=place)
             yield _verify_case(target, kv, tree, batch)
 
 
@@ -129,7 +132,7 @@ def measure(
     timer = Timer(device)
     for case in cases:
         for _ in range(warmup):
-            timer.start()  # waits, as decoding does before it calls a graph again
+            timer.start()
             case.run()
     order = [i for i in range(len(cases)) for _ in range(repeats)]
     random.Random(seed).shuffle(order)
@@ -168,11 +171,15 @@ def _counting() -> Iterator[_Count]:
     """Count the forwards of draft models and heads, and what their linear layers read and do."""
     count = _Count()
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
+    def note(module: nn.Module, inputs: tuple[Tensor | BlockFloat, ...], _: object) -> None:
         if isinstance(module, Transformer | Head):
             count.forwards += 1
         elif isinstance(module, QuantLinear):
-            rows = inputs[0].numel() // module.in_features
+            x = inputs[0]
+            if isinstance(x, BlockFloat):
+                rows = x.digits.shape[1]
+            else:
+                rows = x.numel() // module.in_features
             count.weight_bytes += module.weight_bytes
             count.flops += 2 * rows * module.in_features * module.out_features
 

@@ -75,7 +75,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def warm_up(self, features: int, *, unread: int) -> None:
-        """Call what it captures in every shape (methods.graph).
+        """Call what it captures in every shape and place of its inputs (methods.graph).
 
         features: F of a state. unread: as of `Method.warm_up`.
         """
@@ -163,7 +163,7 @@ class Method:
         same: leading tokens that, as far as they are cached, need not be compared.
         """
         self._require_room(tokens)
-        same = min(same, len(self.cached), len(tokens) - 1)
+        same = max(0, min(same, len(self.cached), len(tokens) - 1))
         kept = same + _shared(self.cached[same:], tokens[same:-1])
         self.kv.rewind(kept)
         del self.cached[kept:]
@@ -184,7 +184,7 @@ class Method:
         # While the device works: a copy of a long context takes longer than the rest of this.
         tokens = list(state.tokens)
         self.cached += tokens[start:]
-        count, *rest = self._verify.fetch().tolist()  # sync: the only one of a step
+        count, *rest = self._verify.fetch().tolist()  # sync: what a step waits for
         mark("commit")
         new = rest[len(tree) :][:count]
         self.kv.advance(len(unread) + count)
@@ -269,7 +269,8 @@ def generate(
 ) -> Output:
     """Decode until `limit` new tokens stand or `stop` cuts.
 
-    stop: given all new tokens, how many to keep once they hold a stop, else None.
+    stop: given all new tokens, which it neither keeps nor changes, how many to keep once they hold
+    a stop, else None.
     """
     state = method.prefill(prompt, seed=seed, mark=mark)
     accepted: list[int] = []

@@ -74,7 +74,7 @@ class _Graph:
             # that it has. In a step it has: each waits for its verification, and all that was
             # launched before that, and behind it comes one short commit. So this asks, and hardly
             # ever waits; it is what keeps callers right that wait for nothing.
-            self.ended.synchronize()
+            self.ended.synchronize()  # sync
         for given, fixed in zip(inputs, self.inputs, strict=True):
             if given is not fixed:
                 fixed.copy_(given)
@@ -96,7 +96,8 @@ class Captured:
     those lay that it was captured with.
 
     All that crosses between host and device is part of the graph: one copy brings every host input,
-    another takes one output back. So a call writes pinned memory and launches once.
+    another takes one output back. So a call whose inputs all come from the host writes pinned
+    memory and launches once; each other input is one copy more.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Captured:
 
         fetched: which of the outputs the host reads, by `fetch`. borrows: device inputs are read
         where they lay at the capture, as another's outputs always do for equal shapes; else they
-        are copied. The function must not write to them.
+        are copied, over what was borrowed too. The function must not write to them.
         """
         self._function = function
         self._device = device

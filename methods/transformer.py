@@ -54,7 +54,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Read:
-    """What one forward leaves. hidden: [B, n, D], input of lm_head. features: [B, n, F]."""
+    """What one forward leaves. hidden: [B, n, D], input of lm_head. features: [B, n, F].
+
+    Both may lie in the same memory: nobody writes to them.
+    """
 
     hidden: Tensor
     features: Tensor

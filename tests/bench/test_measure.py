@@ -1,11 +1,14 @@
 import pytest
 import torch
+from torch import Tensor
 
-from bench.measure import draft_case, measure, random_tree, verify_cases
+from bench.measure import _counting, draft_case, measure, random_tree, verify_cases
 from methods.eagle2 import Eagle2
 from methods.hierarchical import Hierarchical
 from methods.recipe import Family, Parts
 from methods.vanilla import Vanilla
+from quant.block_float import BlockFloat, round_blocks
+from quant.scheme import QuantLinear
 from tests.family import VOCAB
 from tests.methods.parts import make_parts
 
@@ -34,6 +37,23 @@ def test_costs_are_counted_from_the_model_and_its_cache(parts: Parts) -> None:
     layers, heads, dim, eight = 5, 2, 32, 8
     assert case.record.kv_bytes == 2 * 2 * layers * heads * dim * eight * 50
     assert case.record.flops == 2 * parts.target.flops(5, 50)
+
+
+class ReadsDigits(QuantLinear):
+    """A layer that is given its tokens in block floating point."""
+
+    def forward(self, x: BlockFloat) -> Tensor:  # type: ignore[override]
+        return torch.zeros(x.digits.shape[1], self.out_features)
+
+    def dequantize(self) -> Tensor:
+        return torch.zeros(self.out_features, self.in_features)
+
+
+def test_tokens_that_are_given_as_digits_are_counted_as_tokens() -> None:
+    layer = ReadsDigits(in_features=200, out_features=4)
+    with _counting() as count:
+        layer(round_blocks(torch.ones(3, 200)))
+    assert count.flops == 2 * 3 * 200 * 4
 
 
 def test_a_verification_leaves_the_cache_as_it_was(parts: Parts) -> None:
