@@ -269,8 +269,7 @@ def generate(
 ) -> Output:
     """Decode until `limit` new tokens stand or `stop` cuts.
 
-    stop: given all new tokens, which it neither keeps nor changes, how many to keep once they hold
-    a stop, else None.
+    stop: given all new tokens, to look at only, how many to keep once they hold a stop, else None.
     """
     state = method.prefill(prompt, seed=seed, mark=mark)
     accepted: list[int] = []

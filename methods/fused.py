@@ -1,13 +1,14 @@
 """The parts of a decode step that are no matrix product, fused so that a CUDA graph can hold them.
 
-On a GPU each is one or two launches of a Triton kernel, and nothing is read on the host: how many
-slots are decided is a tensor on the device. On the CPU they are plain torch.
+On a GPU each is a launch or two of a Triton kernel, and nothing is read on the host: how many slots
+are decided is a tensor on the device. On the CPU they are plain torch.
 
 Letters: n new tokens, H query heads, G key-value heads, S slots, d head dimension, P positions,
 D hidden, I inner width of the feed-forward layer, V vocabulary, L layers.
 
 What a layer reads comes as it is, or on demand as digits: the same, rounded as
-`quant.block_float.round_blocks` does, by the same launches.
+`quant.block_float.round_blocks` does, by the same launches (sizes that are no whole blocks of a
+program take one more).
 """
 
 import torch

@@ -30,7 +30,7 @@ ORDER = [2 * c + high * 8 + low for c in range(4) for low in range(2) for high i
 
 
 class BlockFloat(NamedTuple):
-    """Rounded activations. K and n are filled up to whole blocks, and to ALIGNED.
+    """Rounded activations. K is filled up to whole blocks, and n in scales to ALIGNED.
 
     digits: [2, n, K] int8, 0 where filled up. scales: [K / 128, n] float32, undefined there; NaN
     where a block has a value that is not finite.

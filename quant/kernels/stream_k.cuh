@@ -47,8 +47,8 @@ __device__ __forceinline__ void consumers_sync() {
 // Leave a part of a tile's sums for the block that comes last, which adds all parts up in order.
 //
 // sum: of this thread, of TILES tiles of 64 features. owners: of the tile. n: real tokens; others
-// are not passed on. READS: how many 16 bytes
-// a thread may read at once, as it has registers for. True: this block came last and has the whole.
+// are not passed on. READS: how many 16 bytes a thread may read at once, as it has registers for.
+// True: this block came last and has the whole.
 template <int CONSUMERS, int READS, int TILES, int HELD>
 __device__ __forceinline__ bool add_parts(float (&sum)[TILES][HELD], const Share& share,
                                           const Owners& owners, u32 tile, u32 n) {

@@ -22,7 +22,7 @@ from quant.kernels.cache import cache_folder
 from quant.kernels.machine import Machine
 from quant.scheme import QuantLinear
 
-SCHEMA = 2  # 1: before our CUDA kernels took dense layers, and led in w4a16
+SCHEMA = 3  # 1: before our CUDA kernels took dense layers, and led in w4a16; 2: before digits
 Best: TypeAlias = Mapping[str, Mapping[str, Mapping[str, str]]]
 
 

@@ -1,4 +1,4 @@
-// Few tokens times 4-bit weights on Hopper, bit-equal however many tokens are read with a row.
+// Few tokens times 4-bit weights on Hopper; in either FORM bit-equal however many are read with a row.
 //
 // What it computes, and the layout of its operands, is told in w4a16_hopper.py. Here is how.
 //

@@ -1,11 +1,12 @@
 """Few tokens times 4-bit weights on Hopper: `x @ dequant(W).T`, in one of two forms.
 
-    floats   y[t, r] = sum over parts of K, in order, of the sum over their groups g, in order, of
-                       s[g, r] * dot_g(c - z[g, r], x[t])
-    digits   the same with blocks b of 128 inputs for groups, and s[g, r] * v[b, t] * dot_b(c - z,
-                       d[t]) where x = v * d in block floating point (quant.block_float)
+    floats   y[t, r] = sum over parts of K, in order, of the sum over their spans, in order, of
+                       s[g, r] * dot(c - z[g, r], x[t])
+    digits   the same with s[g, r] * v[b, t] * dot(c - z[g, r], d[t]) where x = v * d in block
+                       floating point (quant.block_float), b the span's block
 
-in float32. c - z is exact; a dot of floats is one tensor-core sum, one of digits is exact. How K is
+in float32. A span is a chunk of 128 inputs, or 64 where groups g are no longer; c - z is exact; a
+dot of floats is one tensor-core sum, one of digits is exact. How K is
 parted depends on the shape and the device alone: in either form a row has the same bits however
 many tokens n are read with it. Digits are faster up to DIGITS_MOST tokens. The kernel is
 w4a16_hopper.cu.
@@ -202,13 +203,15 @@ def matmul(x: Tensor, weight: Prepared, *, exact: bool = False) -> Tensor:
         return multiply(round_blocks(x), weight, x.dtype)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     for rows, out in hopper.launches(x, y):
-        variant = _variant(weight, x.dtype, len(out), digits=False)
+        # What is left over 64 is few tokens too; narrower variants are of digits alone.
+        variant = _variant(weight, x.dtype, max(len(out), DIGITS_MOST + 1), digits=False)
         _launch(variant, tensor_map(rows, variant.tokens), None, weight, out)
     return y
 
 
 def multiply(x: BlockFloat, weight: Prepared, dtype: torch.dtype) -> Tensor:
     """Multiply what is in digits. x: n tokens of K inputs -> [n, N] of dtype."""
+    _require_digits(x, weight)
     n = x.digits.shape[1]
     y = torch.empty(n, weight.shape[0], dtype=dtype, device=x.digits.device)
     for start in range(0, n, WIDEST):
@@ -286,6 +289,24 @@ def _groups(steps: Tensor, n: int, groups: int) -> Tensor:
     """Undo `_steps`."""
     blocks = steps.view(len(steps), -1, ROWS)  # [N / 256, groups, 256]
     return blocks.permute(0, 2, 1).reshape(-1, blocks.shape[1])[:n, :groups].contiguous()
+
+
+def _require_digits(x: BlockFloat, weight: Prepared) -> None:
+    digits, scales = x
+    if digits.dtype != torch.int8 or scales.dtype != torch.float32:
+        raise ValueError(f"digits must be int8, scales float32, got {digits.dtype}, {scales.dtype}")
+    n, chunks = digits.shape[1], weight.words.shape[1]
+    if digits.shape != (2, n, chunks * CHUNK) or scales.shape[0] != chunks or not n:
+        raise ValueError(
+            f"digits must be [2, n, {chunks * CHUNK}] and scales [{chunks}, n], "
+            f"got {list(digits.shape)} and {list(scales.shape)}"
+        )
+    room = hopper.width_of(n)  # is copied, whatever n is
+    if not digits.is_contiguous() or scales.stride(1) != 1 or scales.data_ptr() % 16:
+        raise ValueError(f"digits and scales must be as made, got strides {scales.stride()}")
+    if chunks > 1 and (scales.stride(0) < room or scales.stride(0) % 4):
+        raise ValueError(f"scales must have rows of {room} numbers, got {scales.stride(0)}")
+    require_prepared(digits, (weight.words, weight.scales, weight.zeros))
 
 
 def _require(x: Tensor, weight: Prepared) -> None:

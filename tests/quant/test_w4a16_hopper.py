@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import hopper
+from quant.block_float import BlockFloat, round_blocks
+from quant.kernels import cuda_build, hopper
 from quant.kernels import w4a16_hopper as kernel
 from quant.pack import pack_nibbles, unpack_nibbles
 from tests.quant import oracle
 
-WIDTHS = (1, 2, 7, 8, 9, 16, 17, 31, 33, 48, 60, 64, 100, 128)
+WIDTHS = (1, 2, 7, 8, 9, 16, 17, 31, 33, 48, 60, 64, 65, 90, 100, 128)
 # N, K and group: whole tiles, parts of tiles and chunks, and K split between pairs of blocks.
 SHAPES = (
     (512, 128, 128),
@@ -70,6 +71,39 @@ def test_words_hold_the_fragments_of_the_tensor_cores() -> None:
         word = weight.words[block, chunk, r // 64, c // 64, r // 16 % 4 * 32 + lane, c // 16 % 4]
         nibble = r // 8 % 2 + c // 8 % 2 * 2 + c % 2 * 4
         assert (word.item() >> 4 * nibble) & 15 == codes[row, column].item() ^ kernel.MIDDLE
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_all_that_may_be_launched_is_compiled_when_a_layer_is_laid_out(
+    exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = kernel.prepare(*stored(512, 256, 128, zeros=False))
+    built, launched = set(), set()
+    monkeypatch.setattr(hopper, "function", lambda variant, device: built.add(variant))
+    monkeypatch.setattr(cuda_build, "at_once", lambda makers: [make() for make in makers])
+    kernel.build(weight, torch.float16, exact=exact)
+    monkeypatch.setattr(kernel, "tensor_map", lambda x, rows: None)
+    monkeypatch.setattr(kernel, "digits_map", lambda x, rows: None)
+    monkeypatch.setattr(kernel, "_launch", lambda variant, *_: launched.add(variant))
+    for n in range(1, 129):
+        if exact or n <= kernel.DIGITS_MOST:
+            kernel.multiply(round_blocks(torch.ones(n, 256)), weight, torch.float16)
+        else:
+            kernel.matmul(torch.ones(n, 256).half(), weight)
+    assert launched == built
+
+
+def test_digits_that_do_not_fit_are_told() -> None:
+    weight = kernel.prepare(*stored(512, 256, 128, zeros=False))
+    digits, scales = round_blocks(torch.ones(3, 256))
+    for made, told in (
+        (BlockFloat(digits.short(), scales), "digits must be int8"),
+        (BlockFloat(digits[:, :, :128], scales), "digits must be \\[2, n, 256\\]"),
+        (BlockFloat(digits, scales[:, :3].contiguous()), "rows of 8 numbers, got 3"),
+        (BlockFloat(digits.transpose(1, 2).contiguous().transpose(1, 2), scales), "as made"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            kernel.multiply(made, weight, torch.float16)
 
 
 def test_what_fills_a_tile_adds_nothing() -> None:
