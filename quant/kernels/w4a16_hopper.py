@@ -47,7 +47,7 @@ THREADS = CONSUMERS + 128  # and a warpgroup, one thread of which copies
 # theirs. What few tokens leave, other kernels' blocks may have beside this one.
 REGISTERS = {8: (112, 144), 16: (120, 160), 64: (168, 232)}
 COPIERS_HAVE = 40
-# Tokens up to which digits are faster (H200, results/h200/w4a16_cuda.txt).
+# Tokens up to which digits are faster (H200, results/h200/w4a16_digits.txt).
 DIGITS_MOST = 32
 SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
