@@ -111,7 +111,7 @@ class MLP(nn.Module):
         gate_up: Tensor = self.gate_up(x)
         rows, shape = gate_up.flatten(0, -2), gate_up.shape[:-1]
         gated = silu_mul(rows, digits=self.down.reads_digits(len(rows)))
-        out: Tensor = self.down(gated if isinstance(gated, BlockFloat) else gated.view(*shape, -1))
+        out: Tensor = self.down(gated)
         return out.view(*shape, -1)
 
 

@@ -11,12 +11,9 @@ from torch import Tensor
 from quant import block_float
 from quant.block_float import BlockFloat
 from quant.grid import INT8_MAX, Tokens
+from quant.kernels.blocks_triton import WHOLE, round_blocks, store_digits
 from quant.kernels.blocks_triton import WIDTH as DIGITS
-from quant.kernels.blocks_triton import round_blocks, store_digits
 from quant.kernels.early import admit, await_earlier, early
-
-# 1.5 * 2**23: a float32 below 2**22 added to it and taken off is rounded to whole, ties to even.
-WHOLE = tl.constexpr(12582912.0)
 
 
 @triton.jit(do_not_specialize=["n", "room"])

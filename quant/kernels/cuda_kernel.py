@@ -99,8 +99,8 @@ class CudaInt4(Int4Linear):
 
     def reads_digits(self, n: int) -> bool:
         """As many as the kernel reads so, unless their inputs had to be put in order first."""
-        most = MOST_TOKENS if self._exact else kernel.DIGITS_MOST
-        return self.order is None and n <= most
+        taken = self.order is None and n <= self.most_tokens
+        return taken and kernel.reads_digits(n, exact=self._exact)
 
     def multiply_digits(self, x: BlockFloat) -> Tensor:
         """Multiply what is rounded already. -> [n, N]."""

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant.grid import E4M3_MAX, INT8_MAX, Tokens
+from quant.kernels.blocks_triton import WHOLE
 from quant.kernels.early import admit, await_earlier, early
 
 TINY = torch.finfo(torch.float32).tiny
@@ -38,8 +39,7 @@ def _round_rows(
     if is_float:
         rounded = steps.to(tl.float8e4nv)
     else:
-        # Adding 1.5 * 2^23 leaves no bit below one: ties go to the even integer.
-        rounded = ((steps + 12582912.0) - 12582912.0).to(tl.int32).to(tl.int8)
+        rounded = ((steps + WHOLE) - WHOLE).to(tl.int32).to(tl.int8)
     tl.store(codes + row * k + column, rounded, mask=inside)
     tl.store(scales + row, tl.where(bad > 0, float("nan"), scale * factor))
 

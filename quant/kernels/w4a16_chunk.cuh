@@ -15,3 +15,8 @@ constexpr int ALL_SCALES = ROWS * SPANS * SCALE_BYTES;
 constexpr int ALL_ZEROS = ZEROS ? ROWS * SPANS : 0;
 constexpr int X_SCALES_AT = X_BYTES + WORD_BYTES + ALL_SCALES + ALL_ZEROS;
 constexpr int STAGE_BYTES = (X_SCALES_AT + X_SCALES + 1023) / 1024 * 1024;
+
+// What is taken off rows g and g + 8 of a warp, as often as a word wants it.
+struct Zeros {
+    u32 of[2];
+};

@@ -26,11 +26,7 @@ __device__ __forceinline__ void copy_x(u32 to, const TensorMap* x, const float* 
     copy_in(to + X_SCALES_AT, scales + u64{chunk} * stride, X_SCALES, barrier);
 }
 
-// What is taken off rows g and g + 8: four times in a word.
-struct Zeros {
-    u32 of[2];
-};
-
+// Four times in a word.
 __device__ __forceinline__ Zeros zeros_of(u32 low, u32 high) {
     return {{low * 0x01010101u, high * 0x01010101u}};
 }

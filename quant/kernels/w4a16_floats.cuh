@@ -28,11 +28,6 @@ __device__ __forceinline__ u32 picked(u32 word, u32 mask, u32 base) {
     return out;
 }
 
-// What is taken off rows g and g + 8.
-struct Zeros {
-    u32 of[2];
-};
-
 // Set into the mantissa of 1024 (float16) or 128 (bfloat16) a code is exact. In float16 a code four
 // bits up is worth 16 and is scaled down, after which that number is 64 and its last place 1/16.
 __device__ __forceinline__ Zeros zeros_of(u32 low, u32 high) {
@@ -42,7 +37,7 @@ __device__ __forceinline__ Zeros zeros_of(u32 low, u32 high) {
 
 // The codes of 16 inputs, less their zeros, of rows g and g + 8 of a warp.
 //
-// A word's code of row g is `FLIP` in its nibbles where it is 0: see w4a16_hopper.py.
+// Where no zeros are stored a nibble is its code with the highest bit turned, see w4a16_hopper.py.
 __device__ __forceinline__ void open_step(const u32 (&words)[8 / SPANS], int step, const Zeros& zeros,
                                           u32 (&a)[4]) {
     const u32 word = words[step];

@@ -191,13 +191,18 @@ def reference(x: Tensor, weight: Prepared) -> Tensor:
     return exact_product(x, *restore(weight))
 
 
+def reads_digits(n: int, *, exact: bool) -> bool:
+    """Tell in which form n tokens are read. exact: all in one, whatever is faster."""
+    return exact or n <= DIGITS_MOST
+
+
 def matmul(x: Tensor, weight: Prepared, *, exact: bool = False) -> Tensor:
     """Multiply in the faster form. x: [n, K] float16 or bfloat16, rows contiguous -> [n, N].
 
     y is of x's dtype. exact: in digits, so that a row has the same bits at every n.
     """
     _require(x, weight)
-    if exact or len(x) <= DIGITS_MOST:
+    if reads_digits(len(x), exact=exact):
         from quant.kernels.blocks_triton import round_blocks
 
         return multiply(round_blocks(x), weight, x.dtype)
@@ -226,7 +231,7 @@ def build(weight: Prepared, dtype: torch.dtype, *, exact: bool = False) -> None:
     """Compile what `matmul` may need of a weight, for every number of tokens. dtype: of x."""
 
     def variant(tokens: int) -> Variant:
-        return _variant(weight, dtype, tokens, digits=exact or tokens <= DIGITS_MOST)
+        return _variant(weight, dtype, tokens, digits=reads_digits(tokens, exact=exact))
 
     hopper.compile_widths(variant, weight.words.device)
 

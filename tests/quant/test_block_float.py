@@ -1,15 +1,12 @@
 """Block floating point: what rounding keeps, how digits lie, and the kernel bit for bit."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
 from quant import block_float
 from quant.block_float import BLOCK, HIGHEST, BlockFloat, round_blocks, values
+from tests.quant.interpreted import interpreted
 
 SHAPES = [(1, 128), (3, 4160), (9, 1344), (2, 40)]  # n and K, with blocks that are filled up
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -163,14 +160,7 @@ check(sys.argv[1], "cpu")
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_an_interpreted_kernel_rounds_to_the_references_bits(dtype: str) -> None:
     pytest.importorskip("triton")
-    child = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, dtype],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr[-2000:]
+    interpreted(INTERPRETED, dtype)
 
 
 @pytest.mark.gpu

@@ -1,14 +1,11 @@
 """4-bit weights opened by a kernel have the bits that the scheme opens them to."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from quant.kernels import w4a16_hopper
 from quant.weight_only import WeightOnlyLinear
+from tests.quant.interpreted import interpreted
 
 pytest.importorskip("triton")
 kernel = pytest.importorskip("quant.kernels.open_triton")
@@ -56,14 +53,7 @@ check(*map(int, sys.argv[1:4]), sys.argv[4], "cpu")
 def test_an_interpreted_kernel_opens_to_the_schemes_bits(
     n: int, k: int, group: int, scale: str
 ) -> None:
-    child = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, str(n), str(k), str(group), scale],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr[-2000:]
+    interpreted(INTERPRETED, n, k, group, scale)
 
 
 @pytest.mark.gpu

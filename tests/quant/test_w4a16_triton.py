@@ -1,8 +1,5 @@
 """The W4A16 kernel against float64: on a GPU, and on the CPU in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +10,7 @@ from torch import Tensor
 
 from quant.pack import pack_nibbles
 from tests.quant import oracle
+from tests.quant.interpreted import interpreted
 
 pytest.importorskip("triton")
 kernel = pytest.importorskip("quant.kernels.w4a16_triton")
@@ -100,18 +98,10 @@ print(oracle.worst(first.float(), exact(x, *weight)))
 def test_interpreted_kernel_is_within_output_rounding_of_float64(
     dtype: str, group: int, zeros: int, n: int
 ) -> None:
-    # In a child: Triton decides at import whether its functions are interpreted. 1280 inputs are
-    # five chunks, which four splits share unevenly: 2, 2, 1 and none.
-    child = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, dtype, str(group), str(zeros), str(n)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr[-2000:]
+    # 1280 inputs are five chunks, which four splits share unevenly: 2, 2, 1 and none.
+    printed = interpreted(INTERPRETED, dtype, group, zeros, n)
     # The interpreter cuts bfloat16 off where the device rounds: a whole unit in the last place.
-    assert float(child.stdout) < (2**-7 if dtype == "bfloat16" else 2**-11)
+    assert float(printed) < (2**-7 if dtype == "bfloat16" else 2**-11)
 
 
 @pytest.mark.parametrize(

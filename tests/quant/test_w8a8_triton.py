@@ -1,15 +1,12 @@
 """The W8A8 kernel against the reference, bit for bit: on a GPU, and in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
 from quant.kernels.triton_kernel import TritonKernel
 from quant.w8a8 import W8A8, W8A8Linear
+from tests.quant.interpreted import interpreted
 
 pytest.importorskip("triton")
 kernel = pytest.importorskip("quant.kernels.w8a8_triton")
@@ -45,16 +42,8 @@ for _ in range(2):  # the second time on counters that the first has left
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1280), (5, 256), (17, 1280), (66, 512), (128, 768)])
 def test_interpreted_kernel_gives_the_references_bits(n: int, k: int) -> None:
-    # In a child: Triton decides at import whether its functions are interpreted. 1280 inputs are
-    # five chunks, which eight splits share unevenly: the last have none.
-    child = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, str(n), str(k)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, child.stderr[-2000:]
+    # 1280 inputs are five chunks, which eight splits share unevenly: the last have none.
+    interpreted(INTERPRETED, n, k)
 
 
 def refusal(**changes: Tensor) -> str:
