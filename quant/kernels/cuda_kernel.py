@@ -4,7 +4,7 @@
     dense    quant.kernels.w16a16_hopper: float16 or bfloat16, the weight cast to x's dtype once
 
 A row's bits do not depend on how many rows are read with it, up to as many as a kernel takes; but
-w4a16's are others above DIGITS_MOST, where another form is faster, unless it is to be exact. A
+w4a16's are others from where another form is faster on, unless it is to be exact. A
 prompt's long chunks are multiplied by cuBLAS, 4-bit ones opened to x's dtype before.
 """
 
@@ -83,6 +83,7 @@ class CudaInt4(Int4Linear):
     """4-bit weights in the kernel's own order."""
 
     most_tokens = MOST_TOKENS
+    powers: Tensor
 
     def __init__(self, layer: WeightOnlyLinear, dtype: torch.dtype, *, exact: bool = False) -> None:
         """exact: a row has the same bits however many are read with it."""
@@ -92,6 +93,7 @@ class CudaInt4(Int4Linear):
         self._exact = exact
         self._group = prepared.group
         self.hold(prepared.words, prepared.scales, prepared.zeros, layer.order)
+        self.register_buffer("powers", prepared.powers)
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply by the kernel. x: [n, K] -> [n, N]."""
@@ -100,7 +102,7 @@ class CudaInt4(Int4Linear):
     def reads_digits(self, n: int) -> bool:
         """As many as the kernel reads so, unless their inputs had to be put in order first."""
         taken = self.order is None and n <= self.most_tokens
-        return taken and kernel.reads_digits(n, exact=self._exact)
+        return taken and kernel.form_of(n, self.dtype, exact=self._exact) == "digits"
 
     def multiply_digits(self, x: BlockFloat) -> Tensor:
         """Multiply what is rounded already. -> [n, N]."""
@@ -114,7 +116,7 @@ class CudaInt4(Int4Linear):
         from quant.kernels.open_triton import opened
 
         shape = (self.out_features, self.in_features)
-        own = (self.words, self.scales, self.zeros, shape)
+        own = (self.words, self.scales, self.zeros, self.powers, shape)
         return opened(*own, group=self._group, dtype=self.dtype)
 
     def restored(self) -> Stored:
@@ -126,6 +128,7 @@ class CudaInt4(Int4Linear):
             words=self.words,
             scales=self.scales,
             zeros=self.zeros,
+            powers=self.powers,
             shape=(self.out_features, self.in_features),
             group=self._group,
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ LEAST_BUSY = 0.9  # of the blocks that run at once
 MOST_BLOCKS = 1 << 16  # of output features: as many count their parts
 MOST_UNITS = 1 << 23  # chunks of all tiles, so that times 256 pairs they are counted in 32 bits
 MOST_SUMS = 256 * 64  # of a block's tile: features times tokens
+
+
+Sums = Literal["f32", "f16", "s32"]  # what tensor cores add in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +67,24 @@ class Variant(ABC):
         return self.tokens
 
     @property
-    def held(self) -> int:
-        """What a thread has of a product, of 64 features: the instruction's first operands."""
-        return self.columns // 2
+    def sums(self) -> Sums:
+        """What a product's are."""
+        return "f32"
 
     @property
     def whole(self) -> bool:
         """Whether products are of integers."""
-        return False
+        return self.sums == "s32"
+
+    @property
+    def register(self) -> str:
+        """A sum's kind of register, as inline assembly has it."""
+        return "f" if self.sums == "f32" else "r"
+
+    @property
+    def held(self) -> int:
+        """Registers of a product, of 64 features: the instruction's first operands."""
+        return self.columns // (4 if self.sums == "f16" else 2)
 
     @property
     def source(self) -> str:
@@ -81,9 +94,7 @@ class Variant(ABC):
             "STAGES": self.stages,
             "BF16": int(self.bf16),
             **self.settings,
-            "WGMMA_SUMS(sum)": ", ".join(
-                f'"+{"r" if self.whole else "f"}"(sum[{i}])' for i in range(self.held)
-            ),
+            "WGMMA_SUMS(sum)": ", ".join(f'"+{self.register}"(sum[{i}])' for i in range(self.held)),
         }
         settings = "".join(f"#define {name} {value}\n" for name, value in values.items())
         files = (Path(__file__).with_name(n) for n in (*COMMON, *self.files))
@@ -92,7 +103,7 @@ class Variant(ABC):
     def wgmma(self, operands: str) -> str:
         """Give the product's instruction, quoted. operands: what comes behind its sums."""
         floats = "bf16.bf16" if self.bf16 else "f16.f16"
-        kind = "k32.s32.s8.s8" if self.whole else f"k16.f32.{floats}"
+        kind = "k32.s32.s8.s8" if self.whole else f"k16.{self.sums}.{floats}"
         sums = ", ".join(f"%{i}" for i in range(self.held))
         name = f"wgmma.mma_async.sync.aligned.m64n{self.columns}{kind}"
         return f'"{name} {{{sums}}}, {operands};"'

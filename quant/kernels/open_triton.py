@@ -18,7 +18,7 @@ WORDS = tl.constexpr(4096)  # of a block's chunk
 
 @triton.jit
 def _open(
-    words, scales, zeros, out, n, k, chunks, steps, chunks_per_step,
+    words, scales, zeros, powers, out, n, k, chunks, steps, chunks_per_step,
     has_zeros: tl.constexpr, spans: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     admit(EARLY)
@@ -36,14 +36,17 @@ def _open(
     group = (block * steps + chunk // chunks_per_step) * spans
     if spans == 2:
         group += column // 64
-    group = group * (ROWS * TILES) + tile * ROWS + row
+    beside = row // 16 * 16 + row % 8 * 2 + row % 16 // 8  # rows g and g + 8 are
+    group = group * (ROWS * TILES) + tile * ROWS + beside
     if has_zeros:
         zero = tl.load(zeros + group).to(tl.int32)
     else:
         code ^= 8
         zero = 8
-    # Both factors are exact in float32, and so is the product: it is rounded once.
-    scale = tl.load(scales + group).to(out.dtype.element_ty).to(tl.float32)
+    # All factors are exact in float32, and so is the product: it is rounded once.
+    scale = tl.load(scales + group).to(tl.float32)
+    scale *= tl.load(powers + (block * TILES + tile) * ROWS + row)
+    scale = scale.to(out.dtype.element_ty).to(tl.float32)
     value = ((code - zero).to(tl.float32) * scale).to(out.dtype.element_ty)
     row += (block * TILES + tile) * ROWS
     column += chunk * CHUNK
@@ -54,6 +57,7 @@ def opened(
     words: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
+    powers: Tensor,
     shape: tuple[int, int],
     *,
     group: int,
@@ -61,15 +65,15 @@ def opened(
 ) -> Tensor:
     """Give the weight as `quant.weight_only` opens it, bit for bit. -> [N, K] of dtype.
 
-    words, scales, zeros: as of `quant.kernels.w4a16_hopper.Prepared`. shape: N and K. group: inputs
-    under one scale.
+    words, scales, zeros, powers: as of `quant.kernels.w4a16_hopper.Prepared`. shape: N and K.
+    group: inputs under one scale.
     """
     n, k = shape
     blocks, chunks = words.shape[:2]
     spans = scales.shape[2] // (ROWS.value * TILES.value)
     out = torch.empty(n, k, dtype=dtype, device=words.device)
     _open[(blocks * TILES.value, chunks)](
-        *(words, scales, scales if zeros is None else zeros, out),
+        *(words, scales, scales if zeros is None else zeros, powers, out),
         *(n, k, chunks, scales.shape[1]),
         max(1, -(-min(group, k) // CHUNK.value)),
         has_zeros=zeros is not None,

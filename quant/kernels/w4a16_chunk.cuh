@@ -4,9 +4,9 @@
 
 constexpr int ROWS = 256;           // output features of a block
 constexpr int CHUNK = 128;          // inputs of a stage
-constexpr int CONSUMERS = 256;      // threads that multiply: two warpgroups, each two tiles of 64
+constexpr int CONSUMERS = 128 * GROUPS;  // threads that multiply
+constexpr int TILES = 4 / GROUPS;   // of 64 features, of a warpgroup
 constexpr int HELD = TOKENS / 2;    // sums of a thread, of a tile
-constexpr int READS = TOKENS <= 16 ? 24 : 16;  // of 16 bytes, of parts of sums, at once
 constexpr int SCALE_BYTES = SCALE == 2 ? 4 : 2;
 constexpr int X_BYTES = TOKENS * X_A_TOKEN;
 constexpr int X_SCALES = TOKENS * X_SCALE_BYTES;
@@ -16,7 +16,29 @@ constexpr int ALL_ZEROS = ZEROS ? ROWS * SPANS : 0;
 constexpr int X_SCALES_AT = X_BYTES + WORD_BYTES + ALL_SCALES + ALL_ZEROS;
 constexpr int STAGE_BYTES = (X_SCALES_AT + X_SCALES + 1023) / 1024 * 1024;
 
-// What is taken off rows g and g + 8 of a warp, as often as a word wants it.
-struct Zeros {
-    u32 of[2];
-};
+// Of rows g and g + 8 of a warp, which lie side by side: the scales as floats.
+__device__ __forceinline__ void scales_at(u32 at, u32 pair, float (&value)[2]) {
+    if constexpr (SCALE == 2) {
+        asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                     : "=f"(value[0]), "=f"(value[1])
+                     : "r"(at + pair * 8));
+        return;
+    }
+    u32 both;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(both) : "r"(at + pair * 4));
+    if constexpr (SCALE == 1) {
+        value[0] = __uint_as_float(both << 16), value[1] = __uint_as_float(both & 0xffff0000);
+    } else {
+        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+            "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+            : "=f"(value[0]), "=f"(value[1])
+            : "r"(both));
+    }
+}
+
+// Likewise the zeros: a byte each.
+__device__ __forceinline__ u32 zeros_at(u32 at, u32 pair) {
+    u16 both;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(both) : "r"(at + pair * 2));
+    return both;
+}

@@ -10,7 +10,10 @@
 
 typedef int Part;
 constexpr int PART = 2 * HELD;      // sums of a product that a thread has: of one digit, then the other
-constexpr int STEPS = 4 / SPANS;    // of 32 inputs, of a product
+constexpr int PIECES = SPANS;       // products of a tile and chunk
+constexpr int STEPS = 4 / PIECES;   // of 32 inputs, of a product
+constexpr bool CHAINED = false;     // a tile's products of several chunks are one sum
+constexpr int READS = TOKENS <= 16 ? 24 : 16;  // of 16 bytes, of parts of sums, at once
 // Chunks between two waits for everything.
 constexpr u32 AT_ONCE = TOKENS <= 8 ? 4 : TOKENS <= 40 ? 2 : 1;
 // Products of a warpgroup: of wide ones, there are no registers for two.
@@ -18,7 +21,7 @@ constexpr int UNDER_WAY = TOKENS <= 40 ? 2 : 1;
 constexpr float OPENED_TO = ZEROS ? 1.0f : 16.0f;  // times what codes are
 
 // Of x, from the start of a chunk on: 128 inputs a row. In units of 16 bytes.
-__device__ __forceinline__ u32 step_at(int span, int step) { return (span * STEPS + step) * 2; }
+__device__ __forceinline__ u32 step_at(int i) { return i * 2; }
 
 __device__ __forceinline__ void copy_x(u32 to, const TensorMap* x, const float* scales, u32 stride,
                                        u32 chunk, u32 rank, u32 barrier) {
@@ -26,10 +29,20 @@ __device__ __forceinline__ void copy_x(u32 to, const TensorMap* x, const float* 
     copy_in(to + X_SCALES_AT, scales + u64{chunk} * stride, X_SCALES, barrier);
 }
 
-// Four times in a word.
-__device__ __forceinline__ Zeros zeros_of(u32 low, u32 high) {
-    return {{low * 0x01010101u, high * 0x01010101u}};
-}
+// Of rows g and g + 8 of a warp.
+struct Factors {
+    float scale[2];
+    u32 zeros[2];  // four times in a word
+
+    __device__ __forceinline__ void load(u32 at, u32 zeros_from, u32 pair) {
+        scales_at(at, pair, scale);
+        scale[0] *= 1.0f / OPENED_TO, scale[1] *= 1.0f / OPENED_TO;
+        if constexpr (ZEROS) {
+            const u32 both = zeros_at(zeros_from, pair);
+            zeros[0] = (both & 255) * 0x01010101u, zeros[1] = (both >> 8) * 0x01010101u;
+        }
+    }
+};
 
 // Four codes, less their zero, as bytes. Without zeros stored a nibble is its code less 8, in two's
 // complement, and is opened to 16 times that.
@@ -45,18 +58,17 @@ __device__ __forceinline__ u32 opened(u32 nibbles, u32 zero) {
 }
 
 // The codes of 32 inputs, less their zeros, of rows g and g + 8 of a warp.
-__device__ __forceinline__ void open_step(const u32 (&words)[8 / SPANS], int step, const Zeros& zeros,
-                                          u32 (&a)[4]) {
+__device__ __forceinline__ void open_step(const u32* words, int step, const Factors& factors, u32 (&a)[4]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const u32 word = words[2 * step + i];
-        a[2 * i] = opened(ZEROS ? word : word << 4, zeros.of[0]);
-        a[2 * i + 1] = opened(ZEROS ? word >> 4 : word, zeros.of[1]);
+        a[2 * i] = opened(ZEROS ? word : word << 4, factors.zeros[0]);
+        a[2 * i + 1] = opened(ZEROS ? word >> 4 : word, factors.zeros[1]);
     }
 }
 
 // Scale a product that has ended and add it to its sum. stage: of its chunk.
-__device__ __forceinline__ void add_part(const Part (&part)[PART], const float (&scale)[2], u32 stage,
+__device__ __forceinline__ void add_part(const Part (&part)[PART], const Factors& factors, u32 stage,
                                          float (&sum)[HELD]) {
 #pragma unroll
     for (int i = 0; i < HELD; i += 4) {
@@ -67,7 +79,7 @@ __device__ __forceinline__ void add_part(const Part (&part)[PART], const float (
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int whole = part[i + j] * 256 + part[HELD + i + j];
-            sum[i + j] = fmaf(static_cast<float>(whole), scale[j / 2] * by_token[j % 2], sum[i + j]);
+            sum[i + j] = fmaf(static_cast<float>(whole), factors.scale[j / 2] * by_token[j % 2], sum[i + j]);
         }
     }
 }

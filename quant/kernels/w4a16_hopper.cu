@@ -1,22 +1,22 @@
-// Few tokens times 4-bit weights on Hopper; in either FORM bit-equal however many are read with a row.
+// Few tokens times 4-bit weights on Hopper; in each FORM bit-equal however many are read with a row.
 //
 // What it computes, and the layout of its operands, is told in w4a16_hopper.py. Here is how.
 //
 // A pair of blocks (a cluster) takes 512 output features, 256 each, over a range of chunks of 128
 // inputs, and goes on to the next 512 where its range does (stream_k.cuh). One thread of a block
-// copies weights for itself, another one half of each chunk of x for both. Two warpgroups multiply,
-// each two tiles of 64 features: codes are opened in registers and are the left operand of wgmma, x
-// in shared memory the right one, so that features are the long side. Each group's product is exact
-// in the codes and is scaled in float32. In which numbers, FORM tells.
+// copies weights for itself, another one half of each chunk of x for both. GROUPS warpgroups share
+// four tiles of 64 features: codes are opened in registers and are the left operand of wgmma, x in
+// shared memory the right one, so that features are the long side. In which numbers, FORM tells.
 //
 // Weights are constants, so their copies start before the kernel in front has ended
 // (programmatic dependent launch); only x waits for it.
 //
-// Comes after FORM, which is w4a16_floats.cuh or w4a16_digits.cuh. Set in front of both:
+// Comes after FORM, which is w4a16_digits.cuh, w4a16_halves.cuh or w4a16_floats.cuh. Set in front of both:
 //   TOKENS   tokens of the tile, a multiple of 8, at most 64
 //   STAGES   chunks in flight
 //   REGISTERS  of a thread at the start; COPIERS_HAVE, CONSUMERS_HAVE after it
-//   BF16     y is bfloat16 instead of float16, and x if it is of floats
+//   GROUPS   warpgroups that multiply, 2 or 4
+//   BF16     y is bfloat16 instead of float16
 //   SCALE    type of scales: 0 float16, 1 bfloat16, 2 float32
 //   ZEROS    zeros are stored; else every zero is 8
 //   SPANS    groups in a chunk: 2 for groups of 64, else 1
@@ -33,28 +33,6 @@ __device__ __forceinline__ void multiply(Part (&sum)[PART], const u32 (&a)[4], u
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds));
 }
 
-__device__ __forceinline__ float scale_at(u32 at, int row) {
-    float value;
-    if constexpr (SCALE == 2) {
-        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at + row * 4));
-    } else {
-        u16 bits;
-        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(at + row * 2));
-        if constexpr (SCALE == 1) {
-            value = __uint_as_float(static_cast<u32>(bits) << 16);
-        } else {
-            asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-        }
-    }
-    return value;
-}
-
-__device__ __forceinline__ u32 zero_at(u32 at, int row) {
-    u32 value;
-    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(value) : "r"(at + row));
-    return value;
-}
-
 // Where a consumer is in the ring of stages.
 struct Ring {
     u32 stages, full, empty;
@@ -65,83 +43,79 @@ struct Ring {
     }
 };
 
-// What a thread holds of a tile of 64 features and one span of inputs.
+// What a thread holds of a tile of 64 features and one piece of a chunk's inputs.
 struct Tile {
-    u32 words[8 / SPANS];
-    float scale[2];  // of rows g and g + 8
-    Zeros zeros;
+    u32 words[8 / PIECES];
+    Factors factors;
+
+    // Read one of this warpgroup's tiles, of the chunk that the ring is at. Pieces under one scale
+    // are read one after the other.
+    __device__ __forceinline__ void load(const Ring& ring, int which, int piece) {
+        static_assert(TILES == 1 || PIECES == SPANS, "factors are kept from piece to piece");
+        const int tile = threadIdx.x / 128 * TILES + which, thread = threadIdx.x % 128;
+        const u32 words_at = ring.stages + ring.stage * STAGE_BYTES + X_BYTES;
+        const u32 scales_from = words_at + WORD_BYTES, zeros_from = scales_from + ALL_SCALES;
+#pragma unroll
+        for (int i = 0; i < 8 / PIECES; i += 4) {
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
+                         : "r"(words_at + (tile * 2 + piece + i / 4) * 2048 + thread * 16));
+        }
+        if (piece % (PIECES / SPANS) != 0) return;
+        const u32 pair = tile * 32 + thread / 32 * 8 + thread % 32 / 4;
+        factors.load(scales_from, zeros_from, piece / (PIECES / SPANS) * (ROWS / 2) + pair);
+    }
 };
 
-// Read a tile (0 or 1 of this warpgroup) of a span of the chunk that the ring is at.
-template <int SPAN, int TILE>
-__device__ __forceinline__ Tile load(const Ring& ring) {
-    const int tile = threadIdx.x / 128 * 2 + TILE, thread = threadIdx.x % 128;
-    const int row = SPAN * ROWS + tile * 64 + thread / 32 * 16 + thread % 32 / 4;
-    const u32 words_at = ring.stages + ring.stage * STAGE_BYTES + X_BYTES;
-    const u32 scales_at = words_at + WORD_BYTES, zeros_at = scales_at + ALL_SCALES;
-    Tile made;
-#pragma unroll
-    for (int i = 0; i < 8 / SPANS; i += 4) {
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(made.words[i]), "=r"(made.words[i + 1]), "=r"(made.words[i + 2]),
-                       "=r"(made.words[i + 3])
-                     : "r"(words_at + (tile * 2 + SPAN + i / 4) * 2048 + thread * 16));
-    }
-    made.scale[0] = scale_at(scales_at, row) * (1.0f / OPENED_TO);
-    made.scale[1] = scale_at(scales_at, row + 8) * (1.0f / OPENED_TO);
-    made.zeros = zeros_of(8, 8);
-    if constexpr (ZEROS) made.zeros = zeros_of(zero_at(zeros_at, row), zero_at(zeros_at, row + 8));
-    return made;
-}
-
-// A tile's product under way: where it goes, what it is scaled by, and its left operand.
+// A tile's product under way: its left operand, and what it is scaled by.
 struct Product {
-    Part part[PART];
-    float scale[2];
+    Factors factors;
     u32 a[STEPS][4];
     u32 stage;
 
     __device__ __forceinline__ void open(const Tile& tile) {
-        scale[0] = tile.scale[0], scale[1] = tile.scale[1];
+        factors = tile.factors;
 #pragma unroll
-        for (int i = 0; i < STEPS; ++i) open_step(tile.words, i, tile.zeros, a[i]);
+        for (int i = 0; i < STEPS; ++i) open_step(tile.words, i, tile.factors, a[i]);
         // Here, and not between the instructions that use them, which would wait for them.
 #pragma unroll
         for (int i = 0; i < STEPS * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
     }
 
-    // Start it with a span of the ring's chunk.
-    __device__ __forceinline__ void start(const Ring& ring, int span) {
+    // Start it with a piece of the ring's chunk. adds: to what part has.
+    __device__ __forceinline__ void start(Part (&part)[PART], const Ring& ring, int piece, bool adds) {
         stage = ring.stages + ring.stage * STAGE_BYTES;
         const u32 b = descriptor_low(stage);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
         for (int i = 0; i < STEPS; ++i) {
-            multiply(part, a[i], DESCRIPTOR_HIGH | (b + step_at(span, i)), i > 0);
+            multiply(part, a[i], DESCRIPTOR_HIGH | (b + step_at(piece * STEPS + i)), adds || i > 0);
         }
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     }
 
     // Add it to its sum; it has ended.
-    __device__ __forceinline__ void add_to(float (&sum)[HELD]) {
+    __device__ __forceinline__ void add(Part (&part)[PART], float (&sum)[HELD]) {
 #pragma unroll
         for (int i = 0; i < PART; ++i) asm volatile("" : "+" PART_REGISTER(part[i])::"memory");
-        add_part(part, scale, stage, sum);
+        add_part(part, factors, stage, sum);
     }
 };
 
-// Add the products of COUNT chunks to the sums of a warpgroup's two tiles. While one tile's product
-// runs the next one's codes are opened.
+// Add the products of COUNT chunks to the sums of a warpgroup's tiles. While one product runs the
+// next one's codes are opened.
 //
-// tile: the first of the ring's chunk; at the end that of the next chunk, if there is one.
+// held: the first tile of the ring's chunk; at the end that of the next chunk, if there is one.
 // more: chunks of the whole range from the ring's on. The last ones are not released: nobody waits
 // for them, and the other block may have ended.
 template <u32 COUNT>
-__device__ __forceinline__ void take(float (&sum)[2][HELD], Tile& tile, Ring& ring, u32 more) {
-    constexpr int A_CHUNK = 2 * SPANS, PRODUCTS = A_CHUNK * static_cast<int>(COUNT);
+__device__ __forceinline__ void take(float (&sum)[TILES][HELD], Tile& held, Ring& ring, u32 more) {
+    constexpr int A_CHUNK = TILES * PIECES, PRODUCTS = A_CHUNK * static_cast<int>(COUNT);
+    constexpr int PARTS = CHAINED ? TILES : PRODUCTS;
     Product product[PRODUCTS];
+    Part part[PARTS][PART];
     const auto end = [&](int i, u32 empty) {
-        product[i].add_to(sum[i % 2]);
+        if (!CHAINED || i >= PRODUCTS - TILES) product[i].add(part[i % PARTS], sum[i % TILES]);
         if (i % A_CHUNK == A_CHUNK - 1) {
             __syncwarp();
             const bool awaited = more > STAGES + i / A_CHUNK;
@@ -151,28 +125,20 @@ __device__ __forceinline__ void take(float (&sum)[2][HELD], Tile& tile, Ring& ri
     u32 left = 0;
 #pragma unroll
     for (int i = 0; i < PRODUCTS; ++i) {
-        const int span = i / 2 % SPANS;
+        const int next = (i + 1) % A_CHUNK;
         const u32 left_before = left;
-        product[i].open(tile);
+        product[i].open(held);
         if (UNDER_WAY == 1 && i > 0) {
             products_wait<0>();
             end(i - 1, left_before);
         }
-        product[i].start(ring, span);
+        product[i].start(part[i % PARTS], ring, i % A_CHUNK / TILES, CHAINED && i >= TILES);
         left = ring.empty + 8 * ring.stage;
-        if (i % A_CHUNK == A_CHUNK - 1) {
-            ring.next();
-            if (i < PRODUCTS - 1 || more > COUNT) {
-                barrier_wait(ring.full + 8 * ring.stage, ring.phase);
-                tile = load<0, 0>(ring);
-            }
-        } else if (i % 2 == 1) {
-            tile = load<SPANS - 1, 0>(ring);
-        } else if (span == 0) {
-            tile = load<0, 1>(ring);
-        } else {
-            tile = load<SPANS - 1, 1>(ring);
+        if (next == 0) ring.next();
+        if (next == 0 && (i < PRODUCTS - 1 || more > COUNT)) {
+            barrier_wait(ring.full + 8 * ring.stage, ring.phase);
         }
+        if (next > 0 || i < PRODUCTS - 1 || more > COUNT) held.load(ring, next % TILES, next / TILES);
         if (UNDER_WAY == 2 && i > 0) {
             products_wait<1>();
             end(i - 1, left_before);
@@ -230,8 +196,8 @@ struct Weights {
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
     product(const __grid_constant__ TensorMap x, const float* x_scales, u32 x_stride,
             const u8* __restrict__ words, const u8* __restrict__ scales,
-            const u8* __restrict__ zeros, float4* parts, u32* counters, u16* y, u32 n, u32 n_out,
-            u32 tiles, u32 chunks, u32 chunks_per_step) {
+            const u8* __restrict__ zeros, const float* __restrict__ powers, float4* parts,
+            u32* counters, u16* y, u32 n, u32 n_out, u32 tiles, u32 chunks, u32 chunks_per_step) {
     extern __shared__ u8 raw[];
     __shared__ alignas(8) u64 barriers[2 * STAGES];
     __shared__ u32 arrived;
@@ -291,14 +257,15 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
         const Owners of_last = owners_of(share, (end - 1) / chunks);
         asm volatile("griddepcontrol.wait;" ::: "memory");
         Ring ring{stages, full, empty};
-        float sum[2][HELD];
+        float sum[TILES][HELD];
         barrier_wait(ring.full, ring.phase);
-        Tile held = load<0, 0>(ring);
+        Tile held;
+        held.load(ring, 0, 0);
         for (u32 unit = begin; unit < end;) {
             const u32 tile = unit / chunks, from = unit;
             const u32 until = min(end, (tile + 1) * chunks);
 #pragma unroll
-            for (int i = 0; i < HELD; ++i) sum[0][i] = sum[1][i] = 0.0f;
+            for (int i = 0; i < TILES * HELD; ++i) sum[i / HELD][i % HELD] = 0.0f;
             for (; unit + AT_ONCE <= until; unit += AT_ONCE) {
                 take<AT_ONCE>(sum, held, ring, end - unit);
             }
@@ -308,12 +275,21 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
             for (; unit < until; ++unit) take<1>(sum, held, ring, end - unit);
             if (unit == end) pair_arrive();
             const Owners owners = from == begin ? of_first : of_last;
+            // Of the block, a warp's first in its first tile.
+            const u32 row = threadIdx.x / 128 * 64 * TILES + threadIdx.x % 128 / 32 * 16;
+            const u32 feature = (tile * 2 + rank) * ROWS + row;
+            float power[TILES][2];  // of rows g and g + 8: on their way while parts are added
+#pragma unroll
+            for (int i = 0; i < 2 * TILES; ++i) {
+                power[i / 2][i % 2] = __ldg(powers + feature + i / 2 * 64 + i % 2 * 8 + threadIdx.x % 32 / 4);
+            }
             if (until - from == chunks || add_parts<CONSUMERS, READS>(sum, share, owners, tile, n)) {
-                // Of the block, a warp's first in its first tile.
-                const u32 row = threadIdx.x / 128 * 128 + threadIdx.x % 128 / 32 * 16;
-                const u32 feature = (tile * 2 + rank) * ROWS + row;
-                store(sum[0], y, n, n_out, feature);
-                store(sum[1], y, n, n_out, feature + 64);
+#pragma unroll
+                for (int i = 0; i < TILES; ++i) {
+#pragma unroll
+                    for (int j = 0; j < HELD; ++j) sum[i][j] *= power[i][j / 2 % 2];
+                    store(sum[i], y, n, n_out, feature + i * 64);
+                }
             }
         }
     }

@@ -1,34 +1,40 @@
-"""Few tokens times 4-bit weights on Hopper: `x @ dequant(W).T`, in one of two forms.
+"""Few tokens times 4-bit weights on Hopper: `x @ dequant(W).T`, in one of three forms.
 
-    floats   y[t, r] = sum over parts of K, in order, of the sum over their spans, in order, of
-                       s[g, r] * dot(c - z[g, r], x[t])
-    digits   the same with s[g, r] * v[b, t] * dot(c - z[g, r], d[t]) where x = v * d in block
+    digits   y[t, r] = sum over parts of K, in order, of the sum over their spans, in order, of
+                       s[g, r] * v[b, t] * dot(c - z[g, r], d[t]) where x = v * d in block
                        floating point (quant.block_float), b the span's block
+    halves   the same with the sum over up to 512 inputs, in order, of w * x, where w is
+                       s[g, r] * (c - z[g, r]) rounded to float16, and so are these sums
+    floats   the same with s[g, r] * dot(c - z[g, r], x[t])
 
-in float32. A span is a chunk of 128 inputs, or 64 where groups g are no longer; c - z is exact; a
-dot of floats is one tensor-core sum, one of digits is exact. How K is
-parted depends on the shape and the device alone: in either form a row has the same bits however
-many tokens n are read with it. Digits are faster up to DIGITS_MOST tokens. The kernel is
+else in float32. A span is a chunk of 128 inputs, or 64 where groups g are no longer; c - z is
+exact; a dot of digits is exact, one of floats is one tensor-core sum. How K is parted depends on
+the shape and the device alone: in each form a row has the same bits however many tokens n are read
+with it. Digits are the fastest of few tokens (`form_of`); of many halves are, and err by 9e-4 of
+norms where digits and floats err by 2e-4 (H200, inputs and weights random). The kernel is
 w4a16_hopper.cu.
 
 What it reads is cut into blocks of 256 outputs and chunks of 128 inputs; N and K are filled up to
 whole pairs of blocks and whole chunks with codes and scales that add nothing:
 
     words  [N / 256, K / 128, 4, 2, 128, 4] int32   tile, half of the chunk, thread, step
-    scales [N / 256, steps, 256 * spans]            as stored; a step holds `spans` groups
+    scales [N / 256, steps, 256 * spans]            in the stored dtype; a step holds `spans` groups
     zeros  likewise, uint8
+    powers [N] float32                              of two, which the stored scales have besides
 
 A word holds what one thread multiplies in one 16-input step of wgmma: of rows g and g + 8 and
 inputs 2c, 2c + 8, 2c + 1 and 2c + 9, a byte each, row g in its low half (g = lane / 4, c = lane %
 4; PTX ISA, register fragments of A). Two words are a 32-input step of digits, which stand in that
 order (block_float.ORDER). Where no zeros are stored a nibble is its code less 8, in two's
-complement.
+complement. Rows g and g + 8 lie side by side in scales and zeros. A row's largest scale is at least
+half of LARGEST, so that scales times codes of 2^-24 are normal numbers of float16; of row g + 8
+all are a sixteenth of that, since its codes lie four bits up.
 """
 
 import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -41,15 +47,21 @@ from quant.pack import pack_nibbles, unpack_nibbles
 
 ROWS, CHUNK = 256, BLOCK  # of a block, of a stage
 PAIR = 2 * ROWS  # outputs of a cluster of two
-CONSUMERS = 256  # threads that multiply
-THREADS = CONSUMERS + 128  # and a warpgroup, one thread of which copies
+COPIERS = 128  # threads beside those that multiply; two of them copy
 # Registers of a thread by tokens: at the start, and of those that multiply after the others gave up
 # theirs. What few tokens leave, other kernels' blocks may have beside this one.
-REGISTERS = {8: (112, 144), 16: (120, 160), 64: (168, 232)}
+REGISTERS = {16: (112, 144), 64: (168, 232)}
 COPIERS_HAVE = 40
-# Tokens up to which digits are faster (H200, results/h200/w4a16_digits.txt).
-DIGITS_MOST = 32
+# The same in halves, whose four warpgroups share what there is.
+HALVES_REGISTERS = (96, 112)
+HALVES_COPIERS_HAVE = 32
+# Tokens up to which digits are faster than halves, and than floats (H200, LOG.md).
+DIGITS_MOST = {torch.float16: 24, torch.bfloat16: 32}
+LARGEST = 2.0**16  # is above all scales, rounded to float16 too
+SMALLEST = -100  # exponent of a row's largest scale that counts, in float32
 SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+Form = Literal["digits", "halves", "floats"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +74,16 @@ class Prepared:
     words: Tensor
     scales: Tensor
     zeros: Tensor | None
+    powers: Tensor
     shape: tuple[int, int]
     group: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant(hopper.Variant):
-    """What a binary is compiled for. digits: the form, else floats."""
+    """What a binary is compiled for."""
 
-    digits: bool
+    form: Form
     scale: int  # of SCALE_TYPES
     zeros: bool
     spans: int
@@ -78,13 +91,23 @@ class Variant(hopper.Variant):
     @property
     def files(self) -> tuple[str, ...]:
         """What a chunk is, the form, and the kernel."""
-        form = "w4a16_digits.cuh" if self.digits else "w4a16_floats.cuh"
-        return "w4a16_chunk.cuh", form, "w4a16_hopper.cu"
+        plain = () if self.whole else ("w4a16_plain.cuh",)
+        return "w4a16_chunk.cuh", *plain, f"w4a16_{self.form}.cuh", "w4a16_hopper.cu"
+
+    @property
+    def groups(self) -> int:
+        """Warpgroups that multiply."""
+        return 4 if self.form == "halves" else 2
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 128 * self.groups + COPIERS
 
     @property
     def token_bytes(self) -> tuple[int, int]:
         """Of a token's inputs in a chunk, and of their scale."""
-        return 2 * CHUNK, 4 if self.digits else 0
+        return 2 * CHUNK, 4 if self.whole else 0
 
     @property
     def stage_bytes(self) -> int:
@@ -97,33 +120,37 @@ class Variant(hopper.Variant):
     @property
     def columns(self) -> int:
         """Both digits of a token are one each."""
-        return 2 * self.tokens if self.digits else self.tokens
+        return 2 * self.tokens if self.whole else self.tokens
 
     @property
-    def whole(self) -> bool:
+    def sums(self) -> hopper.Sums:
         """Digits are integers, as codes are."""
-        return self.digits
+        kinds: dict[Form, hopper.Sums] = {"digits": "s32", "halves": "f16", "floats": "f32"}
+        return kinds[self.form]
 
     @property
     def registers(self) -> tuple[int, int]:
         """Of a thread at the start, and of one that multiplies."""
+        if self.form == "halves":
+            return HALVES_REGISTERS
         return next(held for most, held in REGISTERS.items() if self.tokens <= most)
 
     @property
     def settings(self) -> Mapping[str, object]:
         """The format, registers, and a product whose left operand lies in registers."""
         left = ", ".join(f"%{self.held + i}" for i in range(4))
-        adds = "adds" if self.digits else "adds, 1, 1, 0"
+        adds = "adds" if self.whole else "adds, 1, 1, 0"
         return {
             "X_A_TOKEN": self.token_bytes[0],
             "X_SCALE_BYTES": self.token_bytes[1],
-            "PART_REGISTER": '"r"' if self.digits else '"f"',
+            "PART_REGISTER": f'"{self.register}"',
             "SCALE": self.scale,
             "ZEROS": int(self.zeros),
             "SPANS": self.spans,
+            "GROUPS": self.groups,
             "REGISTERS": self.registers[0],
             "CONSUMERS_HAVE": self.registers[1],
-            "COPIERS_HAVE": COPIERS_HAVE,
+            "COPIERS_HAVE": HALVES_COPIERS_HAVE if self.form == "halves" else COPIERS_HAVE,
             "WGMMA_LINE": self.wgmma(f"{{{left}}}, %{self.held + 4}, {adds}"),
             "WGMMA_ADDS": f'"%{self.held + 5}"',
         }
@@ -152,10 +179,12 @@ def prepare(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Prepared:
     parts = parts.permute(0, 5, 1, 6, 2, 4, 9, 7, 10, 8, 3).contiguous()
     words = pack_nibbles(parts.view(-1, 8)).view(torch.int32)
     shape = (rows // ROWS, columns // CHUNK, 4, 2, CHUNK, 4)
+    powers = _powers(scales)
     return Prepared(
         words=words.view(shape),
-        scales=_steps(scales, group, k),
+        scales=_steps(_times(scales, 1 / powers), group, k),
         zeros=None if zeros is None else _steps(zeros, group, k),
+        powers=torch.nn.functional.pad(powers, (0, -n % PAIR)),
         shape=(n, k),
         group=group,
     )
@@ -173,7 +202,8 @@ def restore(weight: Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
         codes = codes ^ MIDDLE
     groups = k // weight.group
     zeros = None if weight.zeros is None else _groups(weight.zeros, n, groups)
-    return pack_nibbles(codes), _groups(weight.scales, n, groups), zeros
+    scales = _times(_groups(weight.scales, n, groups), weight.powers[:n])
+    return pack_nibbles(codes), scales, zeros
 
 
 def unfit(n: int, k: int, group: int) -> tuple[str, str]:
@@ -191,9 +221,11 @@ def reference(x: Tensor, weight: Prepared) -> Tensor:
     return exact_product(x, *restore(weight))
 
 
-def reads_digits(n: int, *, exact: bool) -> bool:
-    """Tell in which form n tokens are read. exact: all in one, whatever is faster."""
-    return exact or n <= DIGITS_MOST
+def form_of(n: int, dtype: torch.dtype, *, exact: bool) -> Form:
+    """Give the form in which n tokens of a dtype are read. exact: all in one, in digits."""
+    if exact or n <= DIGITS_MOST[dtype]:
+        return "digits"
+    return "halves" if dtype == torch.float16 else "floats"
 
 
 def matmul(x: Tensor, weight: Prepared, *, exact: bool = False) -> Tensor:
@@ -202,14 +234,15 @@ def matmul(x: Tensor, weight: Prepared, *, exact: bool = False) -> Tensor:
     y is of x's dtype. exact: in digits, so that a row has the same bits at every n.
     """
     _require(x, weight)
-    if reads_digits(len(x), exact=exact):
+    form = form_of(len(x), x.dtype, exact=exact)
+    if form == "digits":
         from quant.kernels.blocks_triton import round_blocks
 
         return multiply(round_blocks(x), weight, x.dtype)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     for rows, out in hopper.launches(x, y):
         # What is left over 64 is few tokens too; narrower variants are of digits alone.
-        variant = _variant(weight, x.dtype, max(len(out), DIGITS_MOST + 1), digits=False)
+        variant = _variant(weight, x.dtype, max(len(out), DIGITS_MOST[x.dtype] + 1), form)
         _launch(variant, tensor_map(rows, variant.tokens), None, weight, out)
     return y
 
@@ -221,7 +254,7 @@ def multiply(x: BlockFloat, weight: Prepared, dtype: torch.dtype) -> Tensor:
     y = torch.empty(n, weight.shape[0], dtype=dtype, device=x.digits.device)
     for start in range(0, n, WIDEST):
         part = slice(start, start + WIDEST)
-        variant = _variant(weight, dtype, len(y[part]), digits=True)
+        variant = _variant(weight, dtype, len(y[part]), "digits")
         rows = digits_map(x.digits[:, part], variant.tokens)
         _launch(variant, rows, x.scales[:, part], weight, y[part])
     return y
@@ -231,16 +264,16 @@ def build(weight: Prepared, dtype: torch.dtype, *, exact: bool = False) -> None:
     """Compile what `matmul` may need of a weight, for every number of tokens. dtype: of x."""
 
     def variant(tokens: int) -> Variant:
-        return _variant(weight, dtype, tokens, digits=reads_digits(tokens, exact=exact))
+        return _variant(weight, dtype, tokens, form_of(tokens, dtype, exact=exact))
 
     hopper.compile_widths(variant, weight.words.device)
 
 
-def _variant(weight: Prepared, dtype: torch.dtype, n: int, *, digits: bool) -> Variant:
+def _variant(weight: Prepared, dtype: torch.dtype, n: int, form: Form) -> Variant:
     return Variant(
         tokens=hopper.width_of(n),
         bf16=dtype == torch.bfloat16,
-        digits=digits,
+        form=form,
         scale=SCALE_TYPES[weight.scales.dtype],
         zeros=weight.zeros is not None,
         spans=_spans(weight.group, weight.shape[1]),
@@ -263,14 +296,14 @@ def _launch(
     zeros = weight.scales if weight.zeros is None else weight.zeros
     hopper.function(variant, device).launch(
         2 * pairs,
-        THREADS,
+        variant.threads,
         variant.shared_bytes,
         [
             x,
             ctypes.c_void_p(0 if x_scales is None else x_scales.data_ptr()),
             ctypes.c_uint(0 if x_scales is None else x_scales.stride(0)),
             *(ctypes.c_void_p(t.data_ptr()) for t in (weight.words, weight.scales, zeros)),
-            *(ctypes.c_void_p(t.data_ptr()) for t in (parts, counters, y)),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (weight.powers, parts, counters, y)),
             *(ctypes.c_uint(v) for v in (len(y), weight.shape[0], tiles, chunks, own_group)),
         ],
         overlapped=True,
@@ -286,14 +319,32 @@ def _steps(values: Tensor, group: int, k: int) -> Tensor:
     n, groups = values.shape
     spans = _spans(group, k)
     padded = torch.nn.functional.pad(values, (0, -groups % spans, 0, -n % PAIR))
-    blocks = padded.view(-1, ROWS, padded.shape[1] // spans, spans)
-    return blocks.permute(0, 2, 3, 1).reshape(len(blocks), -1, spans * ROWS).contiguous()
+    # [block, sixteen rows, high, g, step, span]
+    parts = padded.view(-1, ROWS // 16, 2, 8, padded.shape[1] // spans, spans)
+    steps = parts.permute(0, 4, 5, 1, 3, 2)
+    return steps.reshape(len(parts), -1, spans * ROWS).contiguous()
 
 
 def _groups(steps: Tensor, n: int, groups: int) -> Tensor:
     """Undo `_steps`."""
-    blocks = steps.view(len(steps), -1, ROWS)  # [N / 256, groups, 256]
-    return blocks.permute(0, 2, 1).reshape(-1, blocks.shape[1])[:n, :groups].contiguous()
+    parts = steps.view(len(steps), -1, ROWS // 16, 8, 2)  # [block, group, sixteen rows, g, high]
+    rows = parts.permute(0, 2, 4, 3, 1).reshape(-1, parts.shape[1])
+    return rows[:n, :groups].contiguous()
+
+
+def _powers(scales: Tensor) -> Tensor:
+    """Give the power of two by which each row is to be divided. [N, groups] -> [N] float32."""
+    largest = scales.abs().amax(1).float()
+    above = largest * (1 + 2.0**-11)  # what float16 would round up to a power of two counts as it
+    exponent = torch.frexp(above).exponent.clamp(min=SMALLEST)  # above < 2 ** exponent
+    power = torch.ldexp(torch.ones_like(largest), exponent) / LARGEST
+    power[torch.arange(len(power), device=power.device) % 16 >= 8] *= 16
+    return power
+
+
+def _times(scales: Tensor, powers: Tensor) -> Tensor:
+    """Multiply rows by powers of two, exactly but where a scale would fall below its dtype."""
+    return (scales.float() * powers.unsqueeze(-1)).to(scales.dtype)
 
 
 def _require_digits(x: BlockFloat, weight: Prepared) -> None:
@@ -311,9 +362,9 @@ def _require_digits(x: BlockFloat, weight: Prepared) -> None:
         raise ValueError(f"digits and scales must be as made, got strides {scales.stride()}")
     if chunks > 1 and (scales.stride(0) < room or scales.stride(0) % 4):
         raise ValueError(f"scales must have rows of {room} numbers, got {scales.stride(0)}")
-    require_prepared(digits, (weight.words, weight.scales, weight.zeros))
+    require_prepared(digits, (weight.words, weight.scales, weight.zeros, weight.powers))
 
 
 def _require(x: Tensor, weight: Prepared) -> None:
     require_rows(x, weight.shape[1])
-    require_prepared(x, (weight.words, weight.scales, weight.zeros))
+    require_prepared(x, (weight.words, weight.scales, weight.zeros, weight.powers))

@@ -1,0 +1,88 @@
+// Products of w4a16_hopper.cu in float16, sums of 512 inputs too: scales are multiplied into codes.
+//
+// Wide reads are bound by power and by the ports of registers (LOG.md): while tensor cores add in
+// float32 other instructions get a quarter of their slots, and the clock falls. In float16 half as
+// much of sums is read and written; a weight, its scale in it, is rounded once, and sums need no
+// scaling. Four warpgroups of a tile each keep tensor cores fed.
+//
+// Set in front: as for w4a16_hopper.cu.
+
+typedef u32 Part;                   // two sums
+constexpr int PART = HELD / 2;
+constexpr int PIECES = 2;           // products of a tile and chunk
+constexpr int STEPS = 8 / PIECES;   // of 16 inputs, of a product
+constexpr bool CHAINED = true;      // a tile's products of several chunks are one sum
+constexpr int READS = 8;            // of 16 bytes, of parts of sums, at once
+constexpr u32 AT_ONCE = 4;          // chunks of a sum in float16
+constexpr int UNDER_WAY = 2;        // products of a warpgroup
+
+__device__ __forceinline__ void twice(u32 both, u32 (&each)[2]) {
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+        "mov.b32 %0, {low, low};\nmov.b32 %1, {high, high};\n}"
+        : "=r"(each[0]), "=r"(each[1])
+        : "r"(both));
+}
+
+// Of rows g and g + 8 of a warp, each twice in a word.
+struct Factors {
+    u32 scale[2];
+    u32 zeros[2];  // what is added: minus 8 scales; if zeros are stored, their codes' bits
+
+    __device__ __forceinline__ void load(u32 at, u32 zeros_from, u32 pair) {
+        u32 both;
+        if constexpr (SCALE == 0) {
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(both) : "r"(at + pair * 4));
+        } else {
+            float value[2];
+            scales_at(at, pair, value);
+            asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(both) : "f"(value[0]), "f"(value[1]));
+        }
+        twice(both, scale);
+        if constexpr (ZEROS) {
+            const u32 found = zeros_at(zeros_from, pair);
+            twice((found & 15) | (found & 0xf00) << 12, zeros);
+        } else {
+            u32 less;  // 8 of a code's units: -2^-21 and -2^-17
+            asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(less) : "r"(both), "r"(0x80808008));
+            twice(less, zeros);
+        }
+    }
+};
+
+// 16 weights of each row: scale times code less zero, rounded once.
+//
+// As float16 a code's bits are so many of the smallest numbers, 2^-24; of row g + 8, four bits up,
+// of 2^-20, which its scale makes good. Where no zeros are stored a nibble is its code with the
+// highest bit turned. See w4a16_hopper.py.
+__device__ __forceinline__ void open_step(const u32* words, int step, const Factors& factors, u32 (&a)[4]) {
+    constexpr u32 FLIP = ZEROS ? 0 : 0x00080008;
+    const u32 word = words[step], upper = word >> 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int up = i % 2 * 4;
+        a[i] = picked(i < 2 ? word : upper, 0x000f000f << up, FLIP << up);
+        if constexpr (ZEROS) {
+            asm("sub.rn.f16x2 %0, %0, %1;" : "+r"(a[i]) : "r"(factors.zeros[i % 2]));
+            asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(a[i]) : "r"(factors.scale[i % 2]));
+        } else {
+            asm("fma.rn.f16x2 %0, %0, %1, %2;"
+                : "+r"(a[i])
+                : "r"(factors.scale[i % 2]), "r"(factors.zeros[i % 2]));
+        }
+    }
+}
+
+// Add a product that has ended to its sum, in units of codes again.
+__device__ __forceinline__ void add_part(const Part (&part)[PART], const Factors&, u32, float (&sum)[HELD]) {
+#pragma unroll
+    for (int i = 0; i < PART; ++i) {
+        float first, second;
+        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+            "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+            : "=f"(first), "=f"(second)
+            : "r"(part[i]));
+        const float unit = i % 2 ? 0x1p20f : 0x1p24f;  // rows g + 8, g
+        sum[2 * i] = fmaf(unit, first, sum[2 * i]);
+        sum[2 * i + 1] = fmaf(unit, second, sum[2 * i + 1]);
+    }
+}
