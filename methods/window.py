@@ -1,8 +1,10 @@
 """One read of a cache: where new tokens go, and what each of them sees.
 
-There are two, and they compute the same. `Slices` looks at the cache through slices whose ends the
-host knows, so that every device and batch can read, and a prompt in long chunks. `Slots` finds the
-end of what is decided in a tensor on the device, so that one CUDA graph serves every length.
+There are three, and they compute the same. `Slices` looks at the cache through slices whose ends
+the host knows, so that every device and batch can read. `Slots` finds the end of what is decided in
+a tensor on the device, so that one CUDA graph serves every length. `Chunk` reads a prompt on a GPU:
+kernels turn and write it as those of `Slots` do, since launches of torch's cost the host more than
+the device needs for a layer; torch attends through slices.
 
 Letters: B batch, n new tokens, H query heads, G key-value heads, S slots, d head dimension.
 """
@@ -10,6 +12,7 @@ Letters: B batch, n new tokens, H query heads, G key-value heads, S slots, d hea
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from methods import attention, fused
@@ -98,22 +101,50 @@ class Slots(Window):
         digits: bool,
     ) -> Tensor | BlockFloat:
         """As in `Window`."""
+        queries = self._turned(layer, projected, bias, norm)
         cache, scratch = self.kv.data[layer, :, 0], self.kv.scratch
-        queries = fused.rope_write(
-            projected[0],
-            *self.angles,
-            self.positions,
-            cache,
-            self.base,
-            scratch,
-            norm=None if norm is None else norm.weight,
-            eps=0.0 if norm is None else norm.eps,
-            bias=bias,
-        )
         mixed = fused.attend(
             queries, cache, self.base, scratch, ancestors=self.ancestors, digits=digits
         )
         return mixed if isinstance(mixed, BlockFloat) else mixed[None]
+
+    def _turned(
+        self, layer: int, projected: Tensor, bias: Tensor | None, norm: HeadNorm | None
+    ) -> Tensor:
+        """Give the queries, [n, H, d], once keys and values are written."""
+        return fused.rope_write(
+            projected[0],
+            *self.angles,
+            self.positions,
+            self.kv.data[layer, :, 0],
+            self.base,
+            self.kv.scratch,
+            norm=None if norm is None else norm.weight,
+            eps=0.0 if norm is None else norm.eps,
+            bias=bias,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk(Slots):
+    """Slots whose end the host knows as well. seen: [n, S] as `visible` gives it."""
+
+    seen: Tensor | None
+
+    def attend(
+        self,
+        layer: int,
+        projected: Tensor,
+        *,
+        bias: Tensor | None,
+        norm: HeadNorm | None,
+        digits: bool,
+    ) -> Tensor:
+        """As in `Window`."""
+        queries = self._turned(layer, projected, bias, norm)
+        end = self.kv.length + self.kv.scratch + len(queries)
+        keys, values = self.kv.data[layer, :, :, :, :end]
+        return attention.attend(queries.transpose(0, 1)[None], keys, values, self.seen)
 
 
 def window(
@@ -128,13 +159,17 @@ def window(
     ancestors: [n, depth] int32, the scratch slots of each token's path, itself last, then -1; None
     to read in order. base: [1], the number of decided slots where only the device knows it.
     """
-    n, angles = len(positions), kv.angles
+    n, angles, device = len(positions), kv.angles, kv.data.device
     assert angles is not None
     kv.reserve(n)
-    if base is not None and fused.attends(kv.data) and kv.data.shape[2] == 1:
+    by_kernels = fused.attends(kv.data) and kv.data.shape[2] == 1
+    if by_kernels and base is not None:
         return Slots(kv=kv, angles=angles, positions=positions, base=base, ancestors=ancestors)
-    seen = attention.visible(
-        ancestors, n=n, length=kv.length, scratch=kv.scratch, device=kv.data.device
-    )
+    seen = attention.visible(ancestors, n=n, length=kv.length, scratch=kv.scratch, device=device)
+    if by_kernels:
+        base = torch.full((1,), kv.length, device=device)
+        return Chunk(
+            kv=kv, angles=angles, positions=positions, base=base, ancestors=ancestors, seen=seen
+        )
     cos, sin = angles
     return Slices(kv=kv, rotation=(cos[positions], sin[positions]), seen=seen)

@@ -83,7 +83,6 @@ class CudaInt4(Int4Linear):
     """4-bit weights in the kernel's own order."""
 
     most_tokens = MOST_TOKENS
-    powers: Tensor
 
     def __init__(self, layer: WeightOnlyLinear, dtype: torch.dtype, *, exact: bool = False) -> None:
         """exact: a row has the same bits however many are read with it."""
@@ -91,9 +90,8 @@ class CudaInt4(Int4Linear):
         prepared = kernel.prepare(layer.packed, layer.scales, layer.zeros)
         kernel.build(prepared, dtype, exact=exact)
         self._exact = exact
-        self._group = prepared.group
+        self._group, self._power = prepared.group, prepared.power
         self.hold(prepared.words, prepared.scales, prepared.zeros, layer.order)
-        self.register_buffer("powers", prepared.powers)
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply by the kernel. x: [n, K] -> [n, N]."""
@@ -116,7 +114,7 @@ class CudaInt4(Int4Linear):
         from quant.kernels.open_triton import opened
 
         shape = (self.out_features, self.in_features)
-        own = (self.words, self.scales, self.zeros, self.powers, shape)
+        own = (self.words, self.scales, self.zeros, self._power, shape)
         return opened(*own, group=self._group, dtype=self.dtype)
 
     def restored(self) -> Stored:
@@ -128,7 +126,7 @@ class CudaInt4(Int4Linear):
             words=self.words,
             scales=self.scales,
             zeros=self.zeros,
-            powers=self.powers,
+            power=self._power,
             shape=(self.out_features, self.in_features),
             group=self._group,
         )

@@ -8,6 +8,8 @@
 // four tiles of 64 features: codes are opened in registers and are the left operand of wgmma, x in
 // shared memory the right one, so that features are the long side. In which numbers, FORM tells.
 //
+// power, high_power: what sums of rows g and g + 8 are multiplied by, see w4a16_hopper.py.
+//
 // Weights are constants, so their copies start before the kernel in front has ended
 // (programmatic dependent launch); only x waits for it.
 //
@@ -196,7 +198,7 @@ struct Weights {
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
     product(const __grid_constant__ TensorMap x, const float* x_scales, u32 x_stride,
             const u8* __restrict__ words, const u8* __restrict__ scales,
-            const u8* __restrict__ zeros, const float* __restrict__ powers, float4* parts,
+            const u8* __restrict__ zeros, float power, float high_power, float4* parts,
             u32* counters, u16* y, u32 n, u32 n_out, u32 tiles, u32 chunks, u32 chunks_per_step) {
     extern __shared__ u8 raw[];
     __shared__ alignas(8) u64 barriers[2 * STAGES];
@@ -278,16 +280,11 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
             // Of the block, a warp's first in its first tile.
             const u32 row = threadIdx.x / 128 * 64 * TILES + threadIdx.x % 128 / 32 * 16;
             const u32 feature = (tile * 2 + rank) * ROWS + row;
-            float power[TILES][2];  // of rows g and g + 8: on their way while parts are added
-#pragma unroll
-            for (int i = 0; i < 2 * TILES; ++i) {
-                power[i / 2][i % 2] = __ldg(powers + feature + i / 2 * 64 + i % 2 * 8 + threadIdx.x % 32 / 4);
-            }
             if (until - from == chunks || add_parts<CONSUMERS, READS>(sum, share, owners, tile, n)) {
 #pragma unroll
                 for (int i = 0; i < TILES; ++i) {
 #pragma unroll
-                    for (int j = 0; j < HELD; ++j) sum[i][j] *= power[i][j / 2 % 2];
+                    for (int j = 0; j < HELD; ++j) sum[i][j] *= j / 2 % 2 ? high_power : power;
                     store(sum[i], y, n, n_out, feature + i * 64);
                 }
             }

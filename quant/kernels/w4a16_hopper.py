@@ -20,18 +20,20 @@ whole pairs of blocks and whole chunks with codes and scales that add nothing:
     words  [N / 256, K / 128, 4, 2, 128, 4] int32   tile, half of the chunk, thread, step
     scales [N / 256, steps, 256 * spans]            in the stored dtype; a step holds `spans` groups
     zeros  likewise, uint8
-    powers [N] float32                              of two, which the stored scales have besides
 
 A word holds what one thread multiplies in one 16-input step of wgmma: of rows g and g + 8 and
 inputs 2c, 2c + 8, 2c + 1 and 2c + 9, a byte each, row g in its low half (g = lane / 4, c = lane %
 4; PTX ISA, register fragments of A). Two words are a 32-input step of digits, which stand in that
 order (block_float.ORDER). Where no zeros are stored a nibble is its code less 8, in two's
-complement. Rows g and g + 8 lie side by side in scales and zeros. A row's largest scale is at least
-half of LARGEST, so that scales times codes of 2^-24 are normal numbers of float16; of row g + 8
-all are a sixteenth of that, since its codes lie four bits up.
+complement. Rows g and g + 8 lie side by side in scales and zeros.
+
+Scales are those stored, divided by a power of two so that the largest is at least half of LARGEST:
+scales times codes of 2^-24 are normal numbers of float16 then, down to a 64th of the largest. Of
+row g + 8 all are a sixteenth of that, since its codes lie four bits up.
 """
 
 import ctypes
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -58,7 +60,8 @@ HALVES_COPIERS_HAVE = 32
 # Tokens up to which digits are faster than halves, and than floats (H200, LOG.md).
 DIGITS_MOST = {torch.float16: 24, torch.bfloat16: 32}
 LARGEST = 2.0**16  # is above all scales, rounded to float16 too
-SMALLEST = -100  # exponent of a row's largest scale that counts, in float32
+SMALLEST = -100  # exponent of the largest scale that counts, in float32
+HIGH = 16.0  # what a code of row g + 8 is worth, as its bits lie
 SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 Form = Literal["digits", "halves", "floats"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -68,13 +71,14 @@ FORMS: tuple[Form, ...] = get_args(Form)
 class Prepared:
     """A weight as the kernel reads it; the layouts are told above.
 
-    shape: N and K as stored. group: inputs under one scale.
+    power: of two, that the scales were divided by. shape: N and K as stored. group: inputs under
+    one scale.
     """
 
     words: Tensor
     scales: Tensor
     zeros: Tensor | None
-    powers: Tensor
+    power: float
     shape: tuple[int, int]
     group: int
 
@@ -179,12 +183,12 @@ def prepare(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Prepared:
     parts = parts.permute(0, 5, 1, 6, 2, 4, 9, 7, 10, 8, 3).contiguous()
     words = pack_nibbles(parts.view(-1, 8)).view(torch.int32)
     shape = (rows // ROWS, columns // CHUNK, 4, 2, CHUNK, 4)
-    powers = _powers(scales)
+    power = _power(scales)
     return Prepared(
         words=words.view(shape),
-        scales=_steps(_times(scales, 1 / powers), group, k),
+        scales=_steps(_times(scales, 1 / power, high=1 / HIGH), group, k),
         zeros=None if zeros is None else _steps(zeros, group, k),
-        powers=torch.nn.functional.pad(powers, (0, -n % PAIR)),
+        power=power,
         shape=(n, k),
         group=group,
     )
@@ -202,7 +206,7 @@ def restore(weight: Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
         codes = codes ^ MIDDLE
     groups = k // weight.group
     zeros = None if weight.zeros is None else _groups(weight.zeros, n, groups)
-    scales = _times(_groups(weight.scales, n, groups), weight.powers[:n])
+    scales = _times(_groups(weight.scales, n, groups), weight.power, high=HIGH)
     return pack_nibbles(codes), scales, zeros
 
 
@@ -303,7 +307,8 @@ def _launch(
             ctypes.c_void_p(0 if x_scales is None else x_scales.data_ptr()),
             ctypes.c_uint(0 if x_scales is None else x_scales.stride(0)),
             *(ctypes.c_void_p(t.data_ptr()) for t in (weight.words, weight.scales, zeros)),
-            *(ctypes.c_void_p(t.data_ptr()) for t in (weight.powers, parts, counters, y)),
+            *(ctypes.c_float(p) for p in (weight.power, HIGH * weight.power)),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (parts, counters, y)),
             *(ctypes.c_uint(v) for v in (len(y), weight.shape[0], tiles, chunks, own_group)),
         ],
         overlapped=True,
@@ -332,19 +337,19 @@ def _groups(steps: Tensor, n: int, groups: int) -> Tensor:
     return rows[:n, :groups].contiguous()
 
 
-def _powers(scales: Tensor) -> Tensor:
-    """Give the power of two by which each row is to be divided. [N, groups] -> [N] float32."""
-    largest = scales.abs().amax(1).float()
+def _power(scales: Tensor) -> float:
+    """Give the power of two by which scales are to be divided. [N, groups]."""
+    largest = float(scales.abs().max())
     above = largest * (1 + 2.0**-11)  # what float16 would round up to a power of two counts as it
-    exponent = torch.frexp(above).exponent.clamp(min=SMALLEST)  # above < 2 ** exponent
-    power = torch.ldexp(torch.ones_like(largest), exponent) / LARGEST
-    power[torch.arange(len(power), device=power.device) % 16 >= 8] *= 16
-    return power
+    _, exponent = math.frexp(above)  # above < 2 ** exponent
+    return math.ldexp(1.0, max(exponent, SMALLEST)) / LARGEST
 
 
-def _times(scales: Tensor, powers: Tensor) -> Tensor:
-    """Multiply rows by powers of two, exactly but where a scale would fall below its dtype."""
-    return (scales.float() * powers.unsqueeze(-1)).to(scales.dtype)
+def _times(scales: Tensor, power: float, *, high: float) -> Tensor:
+    """Multiply by a power of two, rows g + 8 by `high` times it; exact within the dtype's range."""
+    powers = torch.full((len(scales), 1), power, device=scales.device)
+    powers[torch.arange(len(scales), device=scales.device) % 16 >= 8] *= high
+    return (scales.float() * powers).to(scales.dtype)
 
 
 def _require_digits(x: BlockFloat, weight: Prepared) -> None:
@@ -362,9 +367,9 @@ def _require_digits(x: BlockFloat, weight: Prepared) -> None:
         raise ValueError(f"digits and scales must be as made, got strides {scales.stride()}")
     if chunks > 1 and (scales.stride(0) < room or scales.stride(0) % 4):
         raise ValueError(f"scales must have rows of {room} numbers, got {scales.stride(0)}")
-    require_prepared(digits, (weight.words, weight.scales, weight.zeros, weight.powers))
+    require_prepared(digits, (weight.words, weight.scales, weight.zeros))
 
 
 def _require(x: Tensor, weight: Prepared) -> None:
     require_rows(x, weight.shape[1])
-    require_prepared(x, (weight.words, weight.scales, weight.zeros, weight.powers))
+    require_prepared(x, (weight.words, weight.scales, weight.zeros))
