@@ -83,6 +83,7 @@ class CudaInt4(Int4Linear):
     """4-bit weights in the kernel's own order."""
 
     most_tokens = MOST_TOKENS
+    boosts: Tensor
 
     def __init__(self, layer: WeightOnlyLinear, dtype: torch.dtype, *, exact: bool = False) -> None:
         """exact: a row has the same bits however many are read with it."""
@@ -90,8 +91,9 @@ class CudaInt4(Int4Linear):
         prepared = kernel.prepare(layer.packed, layer.scales, layer.zeros)
         kernel.build(prepared, dtype, exact=exact)
         self._exact = exact
-        self._group, self._power = prepared.group, prepared.power
+        self._group = prepared.group
         self.hold(prepared.words, prepared.scales, prepared.zeros, layer.order)
+        self.register_buffer("boosts", prepared.boosts)
 
     def product(self, x: Tensor) -> Tensor:
         """Multiply by the kernel. x: [n, K] -> [n, N]."""
@@ -114,7 +116,7 @@ class CudaInt4(Int4Linear):
         from quant.kernels.open_triton import opened
 
         shape = (self.out_features, self.in_features)
-        own = (self.words, self.scales, self.zeros, self._power, shape)
+        own = (self.words, self.scales, self.zeros, shape)
         return opened(*own, group=self._group, dtype=self.dtype)
 
     def restored(self) -> Stored:
@@ -126,7 +128,7 @@ class CudaInt4(Int4Linear):
             words=self.words,
             scales=self.scales,
             zeros=self.zeros,
-            power=self._power,
+            boosts=self.boosts,
             shape=(self.out_features, self.in_features),
             group=self._group,
         )

@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from quant.kernels.early import admit, await_earlier, early
-from quant.kernels.w4a16_hopper import HIGH
 
 ROWS = tl.constexpr(64)  # of a program: a warpgroup's of a block
 TILES = tl.constexpr(4)  # of a block
@@ -19,7 +18,7 @@ WORDS = tl.constexpr(4096)  # of a block's chunk
 
 @triton.jit
 def _open(
-    words, scales, zeros, power, high_power, out, n, k, chunks, steps, chunks_per_step,
+    words, scales, zeros, out, n, k, chunks, steps, chunks_per_step,
     has_zeros: tl.constexpr, spans: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     admit(EARLY)
@@ -44,10 +43,8 @@ def _open(
     else:
         code ^= 8
         zero = 8
-    # All factors are exact in float32, and so is the product: it is rounded once.
-    scale = tl.load(scales + group).to(tl.float32)
-    scale *= tl.where(row % 16 < 8, power, high_power)
-    scale = scale.to(out.dtype.element_ty).to(tl.float32)
+    # Both factors are exact in float32, and so is the product: it is rounded once.
+    scale = tl.load(scales + group).to(out.dtype.element_ty).to(tl.float32)
     value = ((code - zero).to(tl.float32) * scale).to(out.dtype.element_ty)
     row += (block * TILES + tile) * ROWS
     column += chunk * CHUNK
@@ -58,7 +55,6 @@ def opened(
     words: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
-    power: float,
     shape: tuple[int, int],
     *,
     group: int,
@@ -66,15 +62,15 @@ def opened(
 ) -> Tensor:
     """Give the weight as `quant.weight_only` opens it, bit for bit. -> [N, K] of dtype.
 
-    words, scales, zeros, power: as of `quant.kernels.w4a16_hopper.Prepared`. shape: N and K.
-    group: inputs under one scale.
+    words, scales, zeros: as of `quant.kernels.w4a16_hopper.Prepared`. shape: N and K. group: inputs
+    under one scale.
     """
     n, k = shape
     blocks, chunks = words.shape[:2]
     spans = scales.shape[2] // (ROWS.value * TILES.value)
     out = torch.empty(n, k, dtype=dtype, device=words.device)
     _open[(blocks * TILES.value, chunks)](
-        *(words, scales, scales if zeros is None else zeros, power, HIGH * power, out),
+        *(words, scales, scales if zeros is None else zeros, out),
         *(n, k, chunks, scales.shape[1]),
         max(1, -(-min(group, k) // CHUNK.value)),
         has_zeros=zeros is not None,

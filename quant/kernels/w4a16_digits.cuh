@@ -29,6 +29,12 @@ __device__ __forceinline__ void copy_x(u32 to, const TensorMap* x, const float* 
     copy_in(to + X_SCALES_AT, scales + u64{chunk} * stride, X_SCALES, barrier);
 }
 
+// Scales are taken as they are.
+struct Boost {
+    __device__ __forceinline__ void load(const u32*, u32) {}
+    __device__ __forceinline__ void undo(float (&)[HELD]) const {}
+};
+
 // Of rows g and g + 8 of a warp.
 struct Factors {
     float scale[2];
@@ -42,6 +48,8 @@ struct Factors {
             zeros[0] = (both & 255) * 0x01010101u, zeros[1] = (both >> 8) * 0x01010101u;
         }
     }
+
+    __device__ __forceinline__ void prepare(const Boost&) {}
 };
 
 // Four codes, less their zero, as bytes. Without zeros stored a nibble is its code less 8, in two's

@@ -11,6 +11,12 @@ constexpr int READS = 16;           // of 16 bytes, of parts of sums, at once
 constexpr u32 AT_ONCE = TOKENS <= 48 ? 2 : 1;  // chunks between two waits for everything
 constexpr int UNDER_WAY = 2;        // products of a warpgroup
 
+// Scales are taken as they are.
+struct Boost {
+    __device__ __forceinline__ void load(const u32*, u32) {}
+    __device__ __forceinline__ void undo(float (&)[HELD]) const {}
+};
+
 // Of rows g and g + 8 of a warp.
 struct Factors {
     float scale[2];
@@ -22,6 +28,8 @@ struct Factors {
         zeros[0] = (0x4300 + (both & 255)) * 0x00010001u;
         zeros[1] = (0x4300 + (both >> 8)) * 0x00010001u;
     }
+
+    __device__ __forceinline__ void prepare(const Boost&) {}
 };
 
 // The codes of 16 inputs, less their zeros. Set into the mantissa of 128 a code is exact.

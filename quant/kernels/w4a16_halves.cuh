@@ -1,14 +1,15 @@
 // Products of w4a16_hopper.cu in float16, sums of 512 inputs too: scales are multiplied into codes.
 //
-// Wide reads are bound by power and by the ports of registers (LOG.md): while tensor cores add in
-// float32 other instructions get a quarter of their slots, and the clock falls. In float16 half as
-// much of sums is read and written; a weight, its scale in it, is rounded once, and sums need no
-// scaling. Four warpgroups of a tile each keep tensor cores fed.
+// Wide reads are bound by the ports of registers and by power (LOG.md): while tensor cores add in
+// float32 other instructions get a quarter of their slots. In float16 half as much of sums is read
+// and written; with its scale in it a weight is rounded to float16, and sums need no scaling. Four
+// warpgroups of a tile each keep tensor cores fed.
 //
 // Set in front: as for w4a16_hopper.cu.
 
 typedef u32 Part;                   // two sums
 constexpr int PART = HELD / 2;
+static_assert(TILES == 1, "a boost is one tile's");
 constexpr int PIECES = 2;           // products of a tile and chunk
 constexpr int STEPS = 8 / PIECES;   // of 16 inputs, of a product
 constexpr bool CHAINED = true;      // a tile's products of several chunks are one sum
@@ -23,24 +24,66 @@ __device__ __forceinline__ void twice(u32 both, u32 (&each)[2]) {
         : "r"(both));
 }
 
-// Of rows g and g + 8 of a warp, each twice in a word.
+// What a row's scales are multiplied by besides 2^15, so that weights and sums are normal numbers;
+// a half for each of rows g and g + 8.
+struct Boost {
+    u32 both;
+
+    // pair: of rows, counted over the whole weight.
+    __device__ __forceinline__ void load(const u32* boosts, u32 pair) { both = __ldg(boosts + pair); }
+
+    __device__ __forceinline__ void open(float (&each)[2]) const {
+        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+            "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+            : "=f"(each[0]), "=f"(each[1])
+            : "r"(both));
+    }
+
+    // Undo it, 2^15 and what codes are worth: of row g 2^-24, of g + 8 2^-20.
+    __device__ __forceinline__ void undo(float (&sum)[HELD]) const {
+        float each[2];
+        open(each);
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) sum[i] *= (i / 2 % 2 ? 0x1p5f : 0x1p9f) / each[i / 2 % 2];
+    }
+};
+
+// Of rows g and g + 8 of a warp.
 struct Factors {
-    u32 scale[2];
-    u32 zeros[2];  // what is added: minus 8 scales; if zeros are stored, their codes' bits
+    u32 halves;       // scales as they are, of both, in float16
+    float floats[2];  // or in float32
+    u32 codes;        // of zeros, if they are stored
+    u32 scale[2];     // of one row each, twice in a word
+    u32 zeros[2];     // what is added: minus 8 scales; if zeros are stored, their codes' bits
 
     __device__ __forceinline__ void load(u32 at, u32 zeros_from, u32 pair) {
+        if constexpr (SCALE == 0) {
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(halves) : "r"(at + pair * 4));
+        } else {
+            scales_at(at, pair, floats);
+        }
+        if constexpr (ZEROS) codes = zeros_at(zeros_from, pair);
+    }
+
+    // A group whose weights are all 0 may have any scale: it is cut off at the largest number.
+    __device__ __forceinline__ void prepare(const Boost& boost) {
         u32 both;
         if constexpr (SCALE == 0) {
-            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(both) : "r"(at + pair * 4));
+            asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(both) : "r"(halves), "r"(boost.both));
+            asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(both) : "r"(0x78007800));  // 2^15
+            asm("min.xorsign.abs.f16x2 %0, %0, %1;" : "+r"(both) : "r"(0x7bff7bff));
         } else {
-            float value[2];
-            scales_at(at, pair, value);
-            asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(both) : "f"(value[0]), "f"(value[1]));
+            float factor[2];
+            boost.open(factor);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                factor[i] = fminf(fmaxf(floats[i] * factor[i] * 0x1p15f, -65504.0f), 65504.0f);
+            }
+            asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(both) : "f"(factor[0]), "f"(factor[1]));
         }
         twice(both, scale);
         if constexpr (ZEROS) {
-            const u32 found = zeros_at(zeros_from, pair);
-            twice((found & 15) | (found & 0xf00) << 12, zeros);
+            twice((codes & 15) | (codes & 0xf00) << 12, zeros);
         } else {
             u32 less;  // 8 of a code's units: -2^-21 and -2^-17
             asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(less) : "r"(both), "r"(0x80808008));
@@ -49,10 +92,11 @@ struct Factors {
     }
 };
 
-// 16 weights of each row: scale times code less zero, rounded once.
+// 16 weights of each row: scale times code less zero, rounded once where the scale is no less than a
+// 256th of its row's largest.
 //
 // As float16 a code's bits are so many of the smallest numbers, 2^-24; of row g + 8, four bits up,
-// of 2^-20, which its scale makes good. Where no zeros are stored a nibble is its code with the
+// of 2^-20. Where no zeros are stored a nibble is its code with the
 // highest bit turned. See w4a16_hopper.py.
 __device__ __forceinline__ void open_step(const u32* words, int step, const Factors& factors, u32 (&a)[4]) {
     constexpr u32 FLIP = ZEROS ? 0 : 0x00080008;
@@ -72,7 +116,7 @@ __device__ __forceinline__ void open_step(const u32* words, int step, const Fact
     }
 }
 
-// Add a product that has ended to its sum, in units of codes again.
+// Add a product that has ended to its sum.
 __device__ __forceinline__ void add_part(const Part (&part)[PART], const Factors&, u32, float (&sum)[HELD]) {
 #pragma unroll
     for (int i = 0; i < PART; ++i) {
@@ -81,8 +125,6 @@ __device__ __forceinline__ void add_part(const Part (&part)[PART], const Factors
             "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
             : "=f"(first), "=f"(second)
             : "r"(part[i]));
-        const float unit = i % 2 ? 0x1p20f : 0x1p24f;  // rows g + 8, g
-        sum[2 * i] = fmaf(unit, first, sum[2 * i]);
-        sum[2 * i + 1] = fmaf(unit, second, sum[2 * i + 1]);
+        sum[2 * i] += first, sum[2 * i + 1] += second;
     }
 }

@@ -8,8 +8,6 @@
 // four tiles of 64 features: codes are opened in registers and are the left operand of wgmma, x in
 // shared memory the right one, so that features are the long side. In which numbers, FORM tells.
 //
-// power, high_power: what sums of rows g and g + 8 are multiplied by, see w4a16_hopper.py.
-//
 // Weights are constants, so their copies start before the kernel in front has ended
 // (programmatic dependent launch); only x waits for it.
 //
@@ -111,7 +109,8 @@ struct Product {
 // more: chunks of the whole range from the ring's on. The last ones are not released: nobody waits
 // for them, and the other block may have ended.
 template <u32 COUNT>
-__device__ __forceinline__ void take(float (&sum)[TILES][HELD], Tile& held, Ring& ring, u32 more) {
+__device__ __forceinline__ void take(float (&sum)[TILES][HELD], Tile& held, const Boost& boost,
+                                     Ring& ring, u32 more) {
     constexpr int A_CHUNK = TILES * PIECES, PRODUCTS = A_CHUNK * static_cast<int>(COUNT);
     constexpr int PARTS = CHAINED ? TILES : PRODUCTS;
     Product product[PRODUCTS];
@@ -129,6 +128,7 @@ __device__ __forceinline__ void take(float (&sum)[TILES][HELD], Tile& held, Ring
     for (int i = 0; i < PRODUCTS; ++i) {
         const int next = (i + 1) % A_CHUNK;
         const u32 left_before = left;
+        if (i % A_CHUNK / TILES % (PIECES / SPANS) == 0) held.factors.prepare(boost);
         product[i].open(held);
         if (UNDER_WAY == 1 && i > 0) {
             products_wait<0>();
@@ -198,8 +198,8 @@ struct Weights {
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
     product(const __grid_constant__ TensorMap x, const float* x_scales, u32 x_stride,
             const u8* __restrict__ words, const u8* __restrict__ scales,
-            const u8* __restrict__ zeros, float power, float high_power, float4* parts,
-            u32* counters, u16* y, u32 n, u32 n_out, u32 tiles, u32 chunks, u32 chunks_per_step) {
+            const u8* __restrict__ zeros, const u32* __restrict__ boosts, float4* parts, u32* counters,
+            u16* y, u32 n, u32 n_out, u32 tiles, u32 chunks, u32 chunks_per_step) {
     extern __shared__ u8 raw[];
     __shared__ alignas(8) u64 barriers[2 * STAGES];
     __shared__ u32 arrived;
@@ -257,6 +257,15 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
         // Of the range's first tile and its last; those between are whole.
         const Owners of_first = owners_of(share, begin / chunks);
         const Owners of_last = owners_of(share, (end - 1) / chunks);
+        // Of the block's part of a tile, a warp's first row in its first 64.
+        const auto feature_in = [&](u32 tile) {
+            return (tile * 2 + rank) * ROWS + threadIdx.x / 128 * 64 * TILES + threadIdx.x % 128 / 32 * 16;
+        };
+        Boost boost, next;
+        const auto boost_of = [&](Boost& made, u32 tile) {
+            made.load(boosts, feature_in(tile) / 2 + threadIdx.x % 32 / 4);
+        };
+        boost_of(next, begin / chunks);
         asm volatile("griddepcontrol.wait;" ::: "memory");
         Ring ring{stages, full, empty};
         float sum[TILES][HELD];
@@ -265,27 +274,25 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
         held.load(ring, 0, 0);
         for (u32 unit = begin; unit < end;) {
             const u32 tile = unit / chunks, from = unit;
+            boost = next;
+            boost_of(next, min(tile + 1, tiles - 1));
             const u32 until = min(end, (tile + 1) * chunks);
 #pragma unroll
             for (int i = 0; i < TILES * HELD; ++i) sum[i / HELD][i % HELD] = 0.0f;
             for (; unit + AT_ONCE <= until; unit += AT_ONCE) {
-                take<AT_ONCE>(sum, held, ring, end - unit);
+                take<AT_ONCE>(sum, held, boost, ring, end - unit);
             }
             if constexpr (AT_ONCE > 2) {
-                for (; unit + 2 <= until; unit += 2) take<2>(sum, held, ring, end - unit);
+                for (; unit + 2 <= until; unit += 2) take<2>(sum, held, boost, ring, end - unit);
             }
-            for (; unit < until; ++unit) take<1>(sum, held, ring, end - unit);
+            for (; unit < until; ++unit) take<1>(sum, held, boost, ring, end - unit);
             if (unit == end) pair_arrive();
             const Owners owners = from == begin ? of_first : of_last;
-            // Of the block, a warp's first in its first tile.
-            const u32 row = threadIdx.x / 128 * 64 * TILES + threadIdx.x % 128 / 32 * 16;
-            const u32 feature = (tile * 2 + rank) * ROWS + row;
             if (until - from == chunks || add_parts<CONSUMERS, READS>(sum, share, owners, tile, n)) {
 #pragma unroll
                 for (int i = 0; i < TILES; ++i) {
-#pragma unroll
-                    for (int j = 0; j < HELD; ++j) sum[i][j] *= j / 2 % 2 ? high_power : power;
-                    store(sum[i], y, n, n_out, feature + i * 64);
+                    boost.undo(sum[i]);
+                    store(sum[i], y, n, n_out, feature_in(tile) + i * 64);
                 }
             }
         }

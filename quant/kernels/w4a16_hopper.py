@@ -20,20 +20,22 @@ whole pairs of blocks and whole chunks with codes and scales that add nothing:
     words  [N / 256, K / 128, 4, 2, 128, 4] int32   tile, half of the chunk, thread, step
     scales [N / 256, steps, 256 * spans]            in the stored dtype; a step holds `spans` groups
     zeros  likewise, uint8
+    boosts [N / 256, 256] float16                   see below
 
 A word holds what one thread multiplies in one 16-input step of wgmma: of rows g and g + 8 and
 inputs 2c, 2c + 8, 2c + 1 and 2c + 9, a byte each, row g in its low half (g = lane / 4, c = lane %
 4; PTX ISA, register fragments of A). Two words are a 32-input step of digits, which stand in that
 order (block_float.ORDER). Where no zeros are stored a nibble is its code less 8, in two's
-complement. Rows g and g + 8 lie side by side in scales and zeros.
+complement. Rows g and g + 8 lie side by side in scales, zeros and boosts.
 
-Scales are those stored, divided by a power of two so that the largest is at least half of LARGEST:
-scales times codes of 2^-24 are normal numbers of float16 then, down to a 64th of the largest. Of
-row g + 8 all are a sixteenth of that, since its codes lie four bits up.
+Codes are so many of float16's smallest numbers, 2^-24, in halves. `boosts` are powers of two, one a
+row, by which scales are multiplied there so that weights are normal numbers: a row's largest scale
+becomes one of 2^15 ... 2^16. Scales of groups whose weights are all 0 do not count, whatever they
+are. Sums in float16 are then normal numbers too, for inputs of 1e-3 to 1,000 in the mean; they
+would pass its largest where 512 inputs are 250 in the mean, all with their weight's sign.
 """
 
 import ctypes
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -59,9 +61,7 @@ HALVES_REGISTERS = (96, 112)
 HALVES_COPIERS_HAVE = 32
 # Tokens up to which digits are faster than halves, and than floats (H200, LOG.md).
 DIGITS_MOST = {torch.float16: 24, torch.bfloat16: 32}
-LARGEST = 2.0**16  # is above all scales, rounded to float16 too
-SMALLEST = -100  # exponent of the largest scale that counts, in float32
-HIGH = 16.0  # what a code of row g + 8 is worth, as its bits lie
+BOOSTS = (-24, 15)  # powers of two in float16
 SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 Form = Literal["digits", "halves", "floats"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -71,14 +71,13 @@ FORMS: tuple[Form, ...] = get_args(Form)
 class Prepared:
     """A weight as the kernel reads it; the layouts are told above.
 
-    power: of two, that the scales were divided by. shape: N and K as stored. group: inputs under
-    one scale.
+    shape: N and K as stored. group: inputs under one scale.
     """
 
     words: Tensor
     scales: Tensor
     zeros: Tensor | None
-    power: float
+    boosts: Tensor
     shape: tuple[int, int]
     group: int
 
@@ -171,6 +170,7 @@ def prepare(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Prepared:
     if needed:
         raise ValueError(f"a weight must have {needed}, got {got}")
     codes = unpack_nibbles(packed)
+    boosts = _boosts(codes, scales, zeros)
     codes = torch.nn.functional.pad(
         codes, (0, -k % CHUNK, 0, -n % PAIR), value=MIDDLE
     )  # with zeros stored, scales of 0 make them nothing
@@ -183,12 +183,11 @@ def prepare(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Prepared:
     parts = parts.permute(0, 5, 1, 6, 2, 4, 9, 7, 10, 8, 3).contiguous()
     words = pack_nibbles(parts.view(-1, 8)).view(torch.int32)
     shape = (rows // ROWS, columns // CHUNK, 4, 2, CHUNK, 4)
-    power = _power(scales)
     return Prepared(
         words=words.view(shape),
-        scales=_steps(_times(scales, 1 / power, high=1 / HIGH), group, k),
+        scales=_steps(scales, group, k),
         zeros=None if zeros is None else _steps(zeros, group, k),
-        power=power,
+        boosts=_steps(boosts.unsqueeze(1), k, k).view(-1, ROWS),
         shape=(n, k),
         group=group,
     )
@@ -206,8 +205,7 @@ def restore(weight: Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
         codes = codes ^ MIDDLE
     groups = k // weight.group
     zeros = None if weight.zeros is None else _groups(weight.zeros, n, groups)
-    scales = _times(_groups(weight.scales, n, groups), weight.power, high=HIGH)
-    return pack_nibbles(codes), scales, zeros
+    return pack_nibbles(codes), _groups(weight.scales, n, groups), zeros
 
 
 def unfit(n: int, k: int, group: int) -> tuple[str, str]:
@@ -307,8 +305,7 @@ def _launch(
             ctypes.c_void_p(0 if x_scales is None else x_scales.data_ptr()),
             ctypes.c_uint(0 if x_scales is None else x_scales.stride(0)),
             *(ctypes.c_void_p(t.data_ptr()) for t in (weight.words, weight.scales, zeros)),
-            *(ctypes.c_float(p) for p in (weight.power, HIGH * weight.power)),
-            *(ctypes.c_void_p(t.data_ptr()) for t in (parts, counters, y)),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (weight.boosts, parts, counters, y)),
             *(ctypes.c_uint(v) for v in (len(y), weight.shape[0], tiles, chunks, own_group)),
         ],
         overlapped=True,
@@ -337,19 +334,16 @@ def _groups(steps: Tensor, n: int, groups: int) -> Tensor:
     return rows[:n, :groups].contiguous()
 
 
-def _power(scales: Tensor) -> float:
-    """Give the power of two by which scales are to be divided. [N, groups]."""
-    largest = float(scales.abs().max())
-    above = largest * (1 + 2.0**-11)  # what float16 would round up to a power of two counts as it
-    _, exponent = math.frexp(above)  # above < 2 ** exponent
-    return math.ldexp(1.0, max(exponent, SMALLEST)) / LARGEST
-
-
-def _times(scales: Tensor, power: float, *, high: float) -> Tensor:
-    """Multiply by a power of two, rows g + 8 by `high` times it; exact within the dtype's range."""
-    powers = torch.full((len(scales), 1), power, device=scales.device)
-    powers[torch.arange(len(scales), device=scales.device) % 16 >= 8] *= high
-    return (scales.float() * powers).to(scales.dtype)
+def _boosts(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """Give what a row's scales are multiplied by besides 2^15. codes: [N, K] -> [N] float16."""
+    steps = codes.view(*scales.shape, -1)
+    middle = MIDDLE if zeros is None else zeros.view(torch.int8).unsqueeze(-1)
+    alive = (steps != middle).any(-1)
+    largest = torch.where(alive, scales.abs().float(), 0).amax(1)
+    # What float16 would round up to a power of two counts as it; largest < 2 ** exponent.
+    exponent = torch.frexp(largest * (1 + 2.0**-11)).exponent
+    exponent = (1 - exponent).clamp(*BOOSTS)
+    return torch.ldexp(torch.ones_like(largest), exponent).half()
 
 
 def _require_digits(x: BlockFloat, weight: Prepared) -> None:
@@ -367,9 +361,9 @@ def _require_digits(x: BlockFloat, weight: Prepared) -> None:
         raise ValueError(f"digits and scales must be as made, got strides {scales.stride()}")
     if chunks > 1 and (scales.stride(0) < room or scales.stride(0) % 4):
         raise ValueError(f"scales must have rows of {room} numbers, got {scales.stride(0)}")
-    require_prepared(digits, (weight.words, weight.scales, weight.zeros))
+    require_prepared(digits, (weight.words, weight.scales, weight.zeros, weight.boosts))
 
 
 def _require(x: Tensor, weight: Prepared) -> None:
     require_rows(x, weight.shape[1])
-    require_prepared(x, (weight.words, weight.scales, weight.zeros))
+    require_prepared(x, (weight.words, weight.scales, weight.zeros, weight.boosts))

@@ -34,7 +34,7 @@ def check(n: int, k: int, group: int, scale: str, device: str) -> None:
         weight = w4a16_hopper.prepare(*stored)
         for dtype in (torch.float16, torch.bfloat16)[: 1 if device == "cpu" else 2]:
             expected = WeightOnlyLinear(*stored, None, bits=4).opened(dtype)
-            own = (weight.words, weight.scales, weight.zeros, weight.power)
+            own = (weight.words, weight.scales, weight.zeros)
             found = kernel.opened(*own, (n, k), group=weight.group, dtype=dtype)
             assert found.dtype == dtype
             assert torch.equal(found.view(torch.int16), expected.view(torch.int16)), dtype
