@@ -81,7 +81,7 @@ class Head(nn.Module, ABC):
 
         ancestors, base: as in `methods.window`.
         """
-        view = window(kv, positions, ancestors, base=base)
+        view = window(kv, positions, ancestors, shared=self.shape.shared, base=base)
         output = self.layer(tokens, hidden, view)
         kv.extend(len(tokens))
         return output

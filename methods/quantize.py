@@ -129,7 +129,7 @@ class BlockQuantizer:
             angles=self.shape.rope.table(n, self.shape.head_dim, x.dtype, x.device),
         )
         positions = torch.arange(n, device=x.device)
-        view = window(kv, positions, None, base=None)
+        view = window(kv, positions, None, shared=self.shape.shared, base=None)
         _, stream, delta = block(x, None, view, 0)
         out: Tensor = stream + delta
         return out

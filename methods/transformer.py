@@ -47,6 +47,11 @@ class Shape:
             )
 
     @property
+    def shared(self) -> int:
+        """Query heads of a key-value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
     def qkv_size(self) -> int:
         """Rows of the fused query, key and value projection."""
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
@@ -207,7 +212,7 @@ class Transformer(nn.Module):
         input of layer i, num_layers the output of the final norm; F = len(taps) * D.
         """
         n = tokens.shape[1]
-        view = window(kv, positions, ancestors, base=base)
+        view = window(kv, positions, ancestors, shared=self.shape.shared, base=base)
         streams: dict[int, Tensor] = {}
         x, delta = F.embedding(tokens, self.embedding), None
         for layer, block in enumerate(self.blocks):

@@ -49,8 +49,8 @@ class Window(ABC):
 class Slices(Window):
     """Slices of the cache.
 
-    rotation: cosines and sines of the new tokens' positions, each [n, d]. seen: [n, S] as `visible`
-    gives it.
+    rotation: cosines and sines of the new tokens' positions, each [n, d]. seen: as `visible` gives
+    it.
     """
 
     rotation: tuple[Tensor, Tensor]
@@ -79,36 +79,18 @@ class Slices(Window):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slots(Window):
-    """Slots behind a length that only the device knows; batch 1.
+class Fused(Window):
+    """What one kernel turns and writes; batch 1.
 
     angles: cosines and sines of every position, each [S, d]. positions: [n] int64, of the new
-    tokens. base: [1] int64, the number of decided slots. ancestors: as `window` takes them.
+    tokens. base: [1] int64, the number of decided slots.
     """
 
     angles: tuple[Tensor, Tensor]
     positions: Tensor
     base: Tensor
-    ancestors: Tensor | None
 
-    def attend(
-        self,
-        layer: int,
-        projected: Tensor,
-        *,
-        bias: Tensor | None,
-        norm: HeadNorm | None,
-        digits: bool,
-    ) -> Tensor | BlockFloat:
-        """As in `Window`."""
-        queries = self._turned(layer, projected, bias, norm)
-        cache, scratch = self.kv.data[layer, :, 0], self.kv.scratch
-        mixed = fused.attend(
-            queries, cache, self.base, scratch, ancestors=self.ancestors, digits=digits
-        )
-        return mixed if isinstance(mixed, BlockFloat) else mixed[None]
-
-    def _turned(
+    def turned(
         self, layer: int, projected: Tensor, bias: Tensor | None, norm: HeadNorm | None
     ) -> Tensor:
         """Give the queries, [n, H, d], once keys and values are written."""
@@ -126,8 +108,32 @@ class Slots(Window):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chunk(Slots):
-    """Slots whose end the host knows as well. seen: [n, S] as `visible` gives it."""
+class Slots(Fused):
+    """Slots behind a length that only the device knows. ancestors: as `window` takes them."""
+
+    ancestors: Tensor | None
+
+    def attend(
+        self,
+        layer: int,
+        projected: Tensor,
+        *,
+        bias: Tensor | None,
+        norm: HeadNorm | None,
+        digits: bool,
+    ) -> Tensor | BlockFloat:
+        """As in `Window`."""
+        queries = self.turned(layer, projected, bias, norm)
+        cache, scratch = self.kv.data[layer, :, 0], self.kv.scratch
+        mixed = fused.attend(
+            queries, cache, self.base, scratch, ancestors=self.ancestors, digits=digits
+        )
+        return mixed if isinstance(mixed, BlockFloat) else mixed[None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk(Fused):
+    """Slots whose end the host knows as well. seen: as `visible` gives it."""
 
     seen: Tensor | None
 
@@ -141,7 +147,7 @@ class Chunk(Slots):
         digits: bool,
     ) -> Tensor:
         """As in `Window`."""
-        queries = self._turned(layer, projected, bias, norm)
+        queries = self.turned(layer, projected, bias, norm)
         end = self.kv.length + self.kv.scratch + len(queries)
         keys, values = self.kv.data[layer, :, :, :, :end]
         return attention.attend(queries.transpose(0, 1)[None], keys, values, self.seen)
@@ -152,9 +158,10 @@ def window(
     positions: Tensor,
     ancestors: Tensor | None,
     *,
+    shared: int,
     base: Tensor | None,
 ) -> Window:
-    """Open a read of n tokens behind all that is in the cache. positions: [n] int64.
+    """Open a read of n tokens behind all that is in the cache. positions: [n] int64. shared: H / G.
 
     ancestors: [n, depth] int32, the scratch slots of each token's path, itself last, then -1; None
     to read in order. base: [1], the number of decided slots where only the device knows it.
@@ -165,11 +172,11 @@ def window(
     by_kernels = fused.attends(kv.data) and kv.data.shape[2] == 1
     if by_kernels and base is not None:
         return Slots(kv=kv, angles=angles, positions=positions, base=base, ancestors=ancestors)
-    seen = attention.visible(ancestors, n=n, length=kv.length, scratch=kv.scratch, device=device)
+    seen = attention.visible(
+        ancestors, n=n, shared=shared, length=kv.length, scratch=kv.scratch, device=device
+    )
     if by_kernels:
         base = torch.full((1,), kv.length, device=device)
-        return Chunk(
-            kv=kv, angles=angles, positions=positions, base=base, ancestors=ancestors, seen=seen
-        )
+        return Chunk(kv=kv, angles=angles, positions=positions, base=base, seen=seen)
     cos, sin = angles
     return Slices(kv=kv, rotation=(cos[positions], sin[positions]), seen=seen)

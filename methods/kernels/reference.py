@@ -32,6 +32,7 @@ def attend(
         slots = torch.arange(scratch + n, device=queries.device)
         mask = (ancestors[:, :, None] == slots).any(dim=1)
     seen = torch.cat([mask.new_ones(n, length), mask], dim=1)
+    seen = seen.repeat(queries.shape[1] // cache.shape[1], 1)
     keys, values = cache[:, None, :, : length + scratch + n]
     mixed = attention.attend(queries.transpose(0, 1)[None], keys, values, seen)[0]
     return round_blocks(mixed) if digits else mixed

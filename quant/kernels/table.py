@@ -1,6 +1,6 @@
 """Which kernel was the fastest for a layer on this machine: measured by `specquant kernels`.
 
-    {"schema": 2, "machine": {"gpu": ..., "torch": ..., "triton": ..., "humming": ...},
+    {"schema": 4, "machine": {"gpu": ..., "torch": ..., "triton": ..., "humming": ...},
      "best": {"w4a16-g128": {"8192x57344": {"float16": "humming"}},
               "w4a16-g128, exact": {"8192x57344": {"float16": "triton"}}}}
 
@@ -22,7 +22,8 @@ from quant.kernels.cache import cache_folder
 from quant.kernels.machine import Machine
 from quant.scheme import QuantLinear
 
-SCHEMA = 3  # 1: before our CUDA kernels took dense layers, and led in w4a16; 2: before digits
+# 1: before our CUDA kernels took dense layers, and led in w4a16; 2: before digits; 3: before halves
+SCHEMA = 4
 Best: TypeAlias = Mapping[str, Mapping[str, Mapping[str, str]]]
 
 

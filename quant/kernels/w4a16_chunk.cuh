@@ -16,6 +16,20 @@ constexpr int ALL_ZEROS = ZEROS ? ROWS * SPANS : 0;
 constexpr int X_SCALES_AT = X_BYTES + WORD_BYTES + ALL_SCALES + ALL_ZEROS;
 constexpr int STAGE_BYTES = (X_SCALES_AT + X_SCALES + 1023) / 1024 * 1024;
 
+// Two numbers of float16.
+__device__ __forceinline__ void floats_of(u32 both, float (&each)[2]) {
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
+        "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+        : "=f"(each[0]), "=f"(each[1])
+        : "r"(both));
+}
+
+// For a form that takes scales as they are, where another has a factor a row.
+struct NoBoost {
+    __device__ __forceinline__ void load(const u32*, u32) {}
+    __device__ __forceinline__ void undo(float (&)[HELD]) const {}
+};
+
 // Of rows g and g + 8 of a warp, which lie side by side: the scales as floats.
 __device__ __forceinline__ void scales_at(u32 at, u32 pair, float (&value)[2]) {
     if constexpr (SCALE == 2) {
@@ -29,10 +43,7 @@ __device__ __forceinline__ void scales_at(u32 at, u32 pair, float (&value)[2]) {
     if constexpr (SCALE == 1) {
         value[0] = __uint_as_float(both << 16), value[1] = __uint_as_float(both & 0xffff0000);
     } else {
-        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
-            "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
-            : "=f"(value[0]), "=f"(value[1])
-            : "r"(both));
+        floats_of(both, value);
     }
 }
 

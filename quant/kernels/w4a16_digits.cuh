@@ -29,11 +29,7 @@ __device__ __forceinline__ void copy_x(u32 to, const TensorMap* x, const float* 
     copy_in(to + X_SCALES_AT, scales + u64{chunk} * stride, X_SCALES, barrier);
 }
 
-// Scales are taken as they are.
-struct Boost {
-    __device__ __forceinline__ void load(const u32*, u32) {}
-    __device__ __forceinline__ void undo(float (&)[HELD]) const {}
-};
+typedef NoBoost Boost;
 
 // Of rows g and g + 8 of a warp.
 struct Factors {

@@ -11,11 +11,7 @@ constexpr int READS = 16;           // of 16 bytes, of parts of sums, at once
 constexpr u32 AT_ONCE = TOKENS <= 48 ? 2 : 1;  // chunks between two waits for everything
 constexpr int UNDER_WAY = 2;        // products of a warpgroup
 
-// Scales are taken as they are.
-struct Boost {
-    __device__ __forceinline__ void load(const u32*, u32) {}
-    __device__ __forceinline__ void undo(float (&)[HELD]) const {}
-};
+typedef NoBoost Boost;
 
 // Of rows g and g + 8 of a warp.
 struct Factors {

@@ -32,17 +32,10 @@ struct Boost {
     // pair: of rows, counted over the whole weight.
     __device__ __forceinline__ void load(const u32* boosts, u32 pair) { both = __ldg(boosts + pair); }
 
-    __device__ __forceinline__ void open(float (&each)[2]) const {
-        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
-            "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
-            : "=f"(each[0]), "=f"(each[1])
-            : "r"(both));
-    }
-
     // Undo it, 2^15 and what codes are worth: of row g 2^-24, of g + 8 2^-20.
     __device__ __forceinline__ void undo(float (&sum)[HELD]) const {
         float each[2];
-        open(each);
+        floats_of(both, each);
 #pragma unroll
         for (int i = 0; i < HELD; ++i) sum[i] *= (i / 2 % 2 ? 0x1p5f : 0x1p9f) / each[i / 2 % 2];
     }
@@ -54,7 +47,7 @@ struct Factors {
     float floats[2];  // or in float32
     u32 codes;        // of zeros, if they are stored
     u32 scale[2];     // of one row each, twice in a word
-    u32 zeros[2];     // what is added: minus 8 scales; if zeros are stored, their codes' bits
+    u32 zeros[2];     // what is added: minus 8 scales; if zeros are stored, their codes, taken off
 
     __device__ __forceinline__ void load(u32 at, u32 zeros_from, u32 pair) {
         if constexpr (SCALE == 0) {
@@ -74,7 +67,7 @@ struct Factors {
             asm("min.xorsign.abs.f16x2 %0, %0, %1;" : "+r"(both) : "r"(0x7bff7bff));
         } else {
             float factor[2];
-            boost.open(factor);
+            floats_of(boost.both, factor);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 factor[i] = fminf(fmaxf(floats[i] * factor[i] * 0x1p15f, -65504.0f), 65504.0f);
@@ -92,12 +85,12 @@ struct Factors {
     }
 };
 
-// 16 weights of each row: scale times code less zero, rounded once where the scale is no less than a
-// 256th of its row's largest.
+// 16 weights of each row: scale times code less zero, rounded; once, if the scale is of float16 and
+// no less than a 256th of its row's largest.
 //
 // As float16 a code's bits are so many of the smallest numbers, 2^-24; of row g + 8, four bits up,
-// of 2^-20. Where no zeros are stored a nibble is its code with the
-// highest bit turned. See w4a16_hopper.py.
+// of 2^-20. Where no zeros are stored a nibble is its code with the highest bit turned. See
+// w4a16_hopper.py.
 __device__ __forceinline__ void open_step(const u32* words, int step, const Factors& factors, u32 (&a)[4]) {
     constexpr u32 FLIP = ZEROS ? 0 : 0x00080008;
     const u32 word = words[step], upper = word >> 8;
@@ -120,11 +113,8 @@ __device__ __forceinline__ void open_step(const u32* words, int step, const Fact
 __device__ __forceinline__ void add_part(const Part (&part)[PART], const Factors&, u32, float (&sum)[HELD]) {
 #pragma unroll
     for (int i = 0; i < PART; ++i) {
-        float first, second;
-        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\n"
-            "cvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
-            : "=f"(first), "=f"(second)
-            : "r"(part[i]));
-        sum[2 * i] += first, sum[2 * i + 1] += second;
+        float two[2];
+        floats_of(part[i], two);
+        sum[2 * i] += two[0], sum[2 * i + 1] += two[1];
     }
 }

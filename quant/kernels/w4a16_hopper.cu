@@ -261,11 +261,12 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
         const auto feature_in = [&](u32 tile) {
             return (tile * 2 + rank) * ROWS + threadIdx.x / 128 * 64 * TILES + threadIdx.x % 128 / 32 * 16;
         };
-        Boost boost, next;
-        const auto boost_of = [&](Boost& made, u32 tile) {
+        const auto boost_of = [&](u32 tile) {
+            Boost made;
             made.load(boosts, feature_in(tile) / 2 + threadIdx.x % 32 / 4);
+            return made;
         };
-        boost_of(next, begin / chunks);
+        Boost next_boost = boost_of(begin / chunks);
         asm volatile("griddepcontrol.wait;" ::: "memory");
         Ring ring{stages, full, empty};
         float sum[TILES][HELD];
@@ -274,8 +275,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __maxnreg__(REGISTERS)
         held.load(ring, 0, 0);
         for (u32 unit = begin; unit < end;) {
             const u32 tile = unit / chunks, from = unit;
-            boost = next;
-            boost_of(next, min(tile + 1, tiles - 1));
+            const Boost boost = next_boost;
+            next_boost = boost_of(min(tile + 1, tiles - 1));
             const u32 until = min(end, (tile + 1) * chunks);
 #pragma unroll
             for (int i = 0; i < TILES * HELD; ++i) sum[i / HELD][i % HELD] = 0.0f;

@@ -4,15 +4,15 @@
                        s[g, r] * v[b, t] * dot(c - z[g, r], d[t]) where x = v * d in block
                        floating point (quant.block_float), b the span's block
     halves   the same with the sum over up to 512 inputs, in order, of w * x, where w is
-                       s[g, r] * (c - z[g, r]) rounded to float16, and so are these sums
+                       s[g, r] * (c - z[g, r]) in float16, and so are s and these sums
     floats   the same with s[g, r] * dot(c - z[g, r], x[t])
 
 else in float32. A span is a chunk of 128 inputs, or 64 where groups g are no longer; c - z is
 exact; a dot of digits is exact, one of floats is one tensor-core sum. How K is parted depends on
 the shape and the device alone: in each form a row has the same bits however many tokens n are read
 with it. Digits are the fastest of few tokens (`form_of`); of many halves are, and err by 9e-4 of
-norms where digits and floats err by 2e-4 (H200, inputs and weights random). The kernel is
-w4a16_hopper.cu.
+norms where digits and floats err by 2e-4 (H200, inputs and weights random; up to 1.2e-3 where one
+input is a hundred times the others). The kernel is w4a16_hopper.cu.
 
 What it reads is cut into blocks of 256 outputs and chunks of 128 inputs; N and K are filled up to
 whole pairs of blocks and whole chunks with codes and scales that add nothing:
@@ -30,9 +30,10 @@ complement. Rows g and g + 8 lie side by side in scales, zeros and boosts.
 
 Codes are so many of float16's smallest numbers, 2^-24, in halves. `boosts` are powers of two, one a
 row, by which scales are multiplied there so that weights are normal numbers: a row's largest scale
-becomes one of 2^15 ... 2^16. Scales of groups whose weights are all 0 do not count, whatever they
-are. Sums in float16 are then normal numbers too, for inputs of 1e-3 to 1,000 in the mean; they
-would pass its largest where 512 inputs are 250 in the mean, all with their weight's sign.
+becomes one of 2^15 ... 2^16, or as near as BOOSTS go. Scales of groups whose weights are all 0 do
+not count, whatever they are. Sums in float16 are then normal numbers too, for inputs of 1e-3 to
+1,000 in the mean if these are random; they would pass its largest where 512 inputs are 250 in the
+mean, or 130 if zeros are stored, and all have the sign of weights that are the largest.
 """
 
 import ctypes
@@ -90,6 +91,9 @@ class Variant(hopper.Variant):
     scale: int  # of SCALE_TYPES
     zeros: bool
     spans: int
+
+    def __post_init__(self) -> None:
+        assert self.whole or self.bf16 == (self.form == "floats")
 
     @property
     def files(self) -> tuple[str, ...]:

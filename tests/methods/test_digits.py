@@ -86,7 +86,7 @@ def view(n: int, batch: int, *, slots: bool) -> Window:
     kv.advance(5)
     positions = 5 + torch.arange(n)
     if not slots:
-        return window(kv, positions, None, base=None)
+        return window(kv, positions, None, shared=HEADS // GROUPS, base=None)
     assert kv.angles is not None
     base = torch.tensor([5])
     return Slots(kv=kv, angles=kv.angles, positions=positions, base=base, ancestors=None)

@@ -61,7 +61,7 @@ def check(device: str, dtype: torch.dtype, *, extras: bool) -> None:
     for n in (1, 17):
         plain, kv = cache(device, dtype), cache(device, dtype)
         place = positions(n, device)
-        chunk = window(kv, place, None, base=None)
+        chunk = window(kv, place, None, shared=HEADS // GROUPS, base=None)
         assert type(chunk) is Chunk
         assert plain.angles is not None
         rotation = (plain.angles[0][place], plain.angles[1][place])
@@ -103,4 +103,5 @@ def test_which_window_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
         (True, three, base, Slices),
     ):
         monkeypatch.setattr(fused, "attends", lambda _, answer=kernels: answer)
-        assert type(window(kv, positions(2, "cpu"), None, base=known)) is kind
+        opened = window(kv, positions(2, "cpu"), None, shared=HEADS // GROUPS, base=known)
+        assert type(opened) is kind
