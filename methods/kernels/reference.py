@@ -24,15 +24,11 @@ def attend(
     digits: bool,
 ) -> Tensor | BlockFloat:
     """Attend with a dense mask."""
-    n = len(queries)
-    length = int(base)
-    if ancestors is None:
-        mask = torch.ones(n, scratch + n, dtype=torch.bool, device=queries.device).tril(scratch)
-    else:
-        slots = torch.arange(scratch + n, device=queries.device)
-        mask = (ancestors[:, :, None] == slots).any(dim=1)
-    seen = torch.cat([mask.new_ones(n, length), mask], dim=1)
-    seen = seen.repeat(queries.shape[1] // cache.shape[1], 1)
+    n, heads, _ = queries.shape
+    length, shared = int(base), heads // cache.shape[1]
+    seen = attention.visible(
+        ancestors, n=n, shared=shared, length=length, scratch=scratch, device=queries.device
+    )
     keys, values = cache[:, None, :, : length + scratch + n]
     mixed = attention.attend(queries.transpose(0, 1)[None], keys, values, seen)[0]
     return round_blocks(mixed) if digits else mixed

@@ -4,8 +4,8 @@
     dense    quant.kernels.w16a16_hopper: float16 or bfloat16, the weight cast to x's dtype once
 
 A row's bits do not depend on how many rows are read with it, up to as many as a kernel takes; but
-w4a16's are others from where another form is faster on, unless it is to be exact. A
-prompt's long chunks are multiplied by cuBLAS, 4-bit ones opened to x's dtype before.
+w4a16's are others from where another form is faster on, unless it is to be exact. A prompt's long
+chunks are multiplied by cuBLAS, 4-bit ones opened to x's dtype before.
 """
 
 from importlib.util import find_spec

@@ -137,10 +137,10 @@ __device__ __forceinline__ void take(float (&sum)[TILES][HELD], Tile& held, cons
         product[i].start(part[i % PARTS], ring, i % A_CHUNK / TILES, CHAINED && i >= TILES);
         left = ring.empty + 8 * ring.stage;
         if (next == 0) ring.next();
-        if (next == 0 && (i < PRODUCTS - 1 || more > COUNT)) {
-            barrier_wait(ring.full + 8 * ring.stage, ring.phase);
+        if (i < PRODUCTS - 1 || more > COUNT) {
+            if (next == 0) barrier_wait(ring.full + 8 * ring.stage, ring.phase);
+            held.load(ring, next % TILES, next / TILES);
         }
-        if (next > 0 || i < PRODUCTS - 1 || more > COUNT) held.load(ring, next % TILES, next / TILES);
         if (UNDER_WAY == 2 && i > 0) {
             products_wait<1>();
             end(i - 1, left_before);

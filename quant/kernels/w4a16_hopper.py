@@ -53,13 +53,10 @@ from quant.pack import pack_nibbles, unpack_nibbles
 ROWS, CHUNK = 256, BLOCK  # of a block, of a stage
 PAIR = 2 * ROWS  # outputs of a cluster of two
 COPIERS = 128  # threads beside those that multiply; two of them copy
-# Registers of a thread by tokens: at the start, and of those that multiply after the others gave up
-# theirs. What few tokens leave, other kernels' blocks may have beside this one.
-REGISTERS = {16: (112, 144), 64: (168, 232)}
-COPIERS_HAVE = 40
-# The same in halves, whose four warpgroups share what there is.
-HALVES_REGISTERS = (96, 112)
-HALVES_COPIERS_HAVE = 32
+# Registers of a thread by tokens: at the start, then of those that multiply, and of the others, who
+# give up theirs. What few tokens leave, other kernels' blocks may have beside this one.
+REGISTERS = {16: (112, 144, 40), 64: (168, 232, 40)}
+HALVES_REGISTERS = (96, 112, 32)  # whose four warpgroups share what there is
 # Tokens up to which digits are faster than halves, and than floats (H200, LOG.md).
 DIGITS_MOST = {torch.float16: 24, torch.bfloat16: 32}
 BOOSTS = (-24, 15)  # powers of two in float16
@@ -136,8 +133,8 @@ class Variant(hopper.Variant):
         return kinds[self.form]
 
     @property
-    def registers(self) -> tuple[int, int]:
-        """Of a thread at the start, and of one that multiplies."""
+    def registers(self) -> tuple[int, int, int]:
+        """Of a thread at the start, of one that multiplies, and of another."""
         if self.form == "halves":
             return HALVES_REGISTERS
         return next(held for most, held in REGISTERS.items() if self.tokens <= most)
@@ -145,6 +142,7 @@ class Variant(hopper.Variant):
     @property
     def settings(self) -> Mapping[str, object]:
         """The format, registers, and a product whose left operand lies in registers."""
+        first, consumers, copiers = self.registers
         left = ", ".join(f"%{self.held + i}" for i in range(4))
         adds = "adds" if self.whole else "adds, 1, 1, 0"
         return {
@@ -155,9 +153,9 @@ class Variant(hopper.Variant):
             "ZEROS": int(self.zeros),
             "SPANS": self.spans,
             "GROUPS": self.groups,
-            "REGISTERS": self.registers[0],
-            "CONSUMERS_HAVE": self.registers[1],
-            "COPIERS_HAVE": HALVES_COPIERS_HAVE if self.form == "halves" else COPIERS_HAVE,
+            "REGISTERS": first,
+            "CONSUMERS_HAVE": consumers,
+            "COPIERS_HAVE": copiers,
             "WGMMA_LINE": self.wgmma(f"{{{left}}}, %{self.held + 4}, {adds}"),
             "WGMMA_ADDS": f'"%{self.held + 5}"',
         }
