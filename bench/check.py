@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
-from bench import sandbox, text
+from bench import energy, sandbox, text
 from bench.build import ROOT
 from bench.config import LAB, RANDOM, Config, Costing
 from bench.draft_vocab import check_unseen, vocabulary
@@ -73,6 +73,14 @@ def is_foreign(config: Config, hashes: WeightHashes | None = None) -> bool:
     source = next((n["source"] for n in notes if isinstance(n, dict) and "source" in n), None)
     hashes = hashes or WeightHashes(None)
     return source not in [hashes.one(place.parent) for place in lab.glob("*/config.json")]
+
+
+def check_cost(config: Config, positions: int) -> None:
+    """Check that what the cost door times fits the model, and that energy can be had if asked."""
+    assert config.cost is not None
+    check_contexts(config.cost, positions)
+    if config.cost.hold_s:
+        energy.check(config.settings.device)
 
 
 def check_contexts(cost: Costing, positions: int) -> None:

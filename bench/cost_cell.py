@@ -1,30 +1,41 @@
 """Child of `specquant cost`: loads a target once and times it and its drafters in turn.
 
 One context at a time, every case of every arm is repeated in one shuffled order. The vanilla arm
-stands for the target itself: what it reads n tokens for.
+stands for the target itself: what it reads n tokens for. Energy is measured once the last context
+has been timed, since that heats the device.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import chain, cycle, islice
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from bench.build import PACKAGES
 from bench.child import ArmJob, Child, run_child
 from bench.config import Config, Costing, parse
 from bench.context import note_start
+from bench.energy import Counter, counter_of
 from bench.load import Loader
-from bench.measure import Case, draft_case, measure, verify_cases
+from bench.measure import Case, draft_case, measure, verify_cases, with_energy
 from bench.record import CONTEXT, RECORDS, Cost, Status, write_json, write_lines
 from bench.task import encode, load
+from bench.timer import Stopwatch
 from methods.decode import Method
 from methods.vanilla import Vanilla
 
 
-def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
-    """Bring every arm of the job to an end, or leave at the first that fails."""
+def work(
+    child: Child,
+    packages: tuple[str, ...] = PACKAGES,
+    find: Callable[[torch.device], Counter] = counter_of,
+) -> None:
+    """Bring every arm of the job to an end, or leave at the first that fails.
+
+    find: gives what counts a device's energy, where that is asked for.
+    """
     jobs = child.job.arms
     watch = child.watch()
     child.announce(None, "loading the target")
@@ -32,8 +43,8 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
         configs = [parse(job.config, packages=packages) for job in jobs]
         first = configs[0]
         assert first.cost is not None
-        seed = first.settings.seed
         loader = Loader(first, mark=watch.mark)
+        counter = find(loader.device) if first.cost.hold_s else None
         tokens = text_tokens(first, loader, max(first.cost.contexts))
         plain = Vanilla().method(loader.parts(first))
     arms = []
@@ -44,27 +55,24 @@ def work(child: Child, packages: tuple[str, ...] = PACKAGES) -> None:
             own = None if isinstance(config.recipe, Vanilla) else loader.method(config)
             arms.append((job, own))
     watch.mark("building")
-    records: dict[str, list[Cost]] = defaultdict(list)
-    for length in tqdm(first.cost.contexts, desc=child.job.name, disable=not child.job.progress):
-        text = _own_text(plain, tokens[:length], own=first.cost.repeats * first.cost.catch_up)
-        cases = _cases(child, loader, arms, text, first.cost, seed)
-        if not records:  # the first timing comes next
-            watch.mark("captures")
-            for job, _ in arms:
-                note_start(Path(job.folder), watch.stage_s)
-        child.announce(None, f"timing at context {length}")
-        with child.charged(jobs, building=False):
-            taken = measure(
-                [case for _, case in cases],
-                repeats=first.cost.repeats,
-                warmup=first.cost.warmup,
-                seed=seed,
-                device=loader.device,
-            )
-        for (job, _), record in zip(cases, taken, strict=True):
-            records[job.folder].append(record)
-    for job, _ in arms:
-        write_lines(Path(job.folder) / RECORDS, records[job.folder])
+    bench = _Bench(
+        child=child,
+        loader=loader,
+        plain=plain,
+        arms=arms,
+        tokens=tokens,
+        cost=first.cost,
+        seed=first.settings.seed,
+    )
+    owners, taken = bench.measured(counter, watch)
+    for job in jobs:
+        own_costs = [
+            cost
+            for costs in taken.values()
+            for owner, cost in zip(owners, costs, strict=True)
+            if owner is job
+        ]
+        write_lines(Path(job.folder) / RECORDS, own_costs)
         child.end(job, Status(state="done"))
 
 
@@ -77,45 +85,99 @@ def text_tokens(config: Config, loader: Loader, count: int) -> list[int]:
     return list(islice(stream, count))
 
 
-def _own_text(plain: Method, tokens: list[int], *, own: int) -> list[int]:
-    """Put the target's own choice in place of a text's last `own` tokens, as decoding would."""
-    state = plain.prefill(tokens[: len(tokens) - own])
-    while len(state.tokens) < len(tokens):
-        state = plain.step(state)
-    return state.tokens
+@dataclass(frozen=True, kw_only=True)
+class _Bench:
+    """Makes and measures what every arm is asked for.
 
+    arms: with their methods; None stands for the target itself.
+    """
 
-def _cases(
-    child: Child,
-    loader: Loader,
-    arms: list[tuple[ArmJob, Method | None]],
-    tokens: list[int],
-    cost: Costing,
-    seed: int,
-) -> list[tuple[ArmJob, Case]]:
-    """Prepare what every arm times at one context; whatever fails is that arm's result."""
+    child: Child
+    loader: Loader
+    plain: Method
+    arms: list[tuple[ArmJob, Method | None]]
+    tokens: list[int]
+    cost: Costing
+    seed: int
 
-    def prepare(method: Method | None) -> Iterator[Case]:
+    def measured(
+        self, counter: Counter | None, watch: Stopwatch
+    ) -> tuple[list[ArmJob], dict[int, list[Cost]]]:
+        """Time all at every context, then hold it where there is a counter.
+
+        Gives the arm of every record, and the records of every context in that order.
+        """
+        job, cost, device = self.child.job, self.cost, self.loader.device
+        taken: dict[int, list[Cost]] = {}
+        for length in tqdm(cost.contexts, desc=job.name, disable=not job.progress):
+            made = self.cases(length)
+            if not taken:  # the first timing comes next
+                watch.mark("captures")
+                for arm in job.arms:
+                    note_start(Path(arm.folder), watch.stage_s)
+            self.child.announce(None, f"timing at context {length}")
+            with self.child.charged(job.arms, building=False):
+                taken[length] = measure(
+                    [case for _, case in made],
+                    repeats=cost.repeats,
+                    warmup=cost.warmup,
+                    seed=self.seed,
+                    device=device,
+                )
+        if counter is not None:
+            self._hold(counter, made, taken)
+        return [owner for owner, _ in made], taken
+
+    def _hold(
+        self, counter: Counter, made: list[tuple[ArmJob, Case]], taken: dict[int, list[Cost]]
+    ) -> None:
+        """Add energy to what was taken. made: at the last context, and still there."""
+        cost, last = self.cost, self.cost.contexts[-1]
+        for length in reversed(cost.contexts):
+            cases = [case for _, case in (made if length == last else self.cases(length))]
+            self.child.announce(None, f"holding at context {length}")
+            with self.child.charged(self.child.job.arms, building=False):
+                taken[length] = with_energy(
+                    cases,
+                    taken[length],
+                    counter=counter,
+                    hold_s=cost.hold_s,
+                    device=self.loader.device,
+                )
+
+    def cases(self, length: int) -> list[tuple[ArmJob, Case]]:
+        """Prepare what is timed at one context; whatever fails is its arm's result."""
+        text = self._own_text(length)
+        cases = []
+        for job, method in self.arms:
+            self.child.announce(job, f"warm-up at context {length}")
+            with self.child.charged([job], building=False):
+                for case in self._of(method, text):
+                    case.run()  # what fails, fails here, under its own arm
+                    cases.append((job, case))
+        return cases
+
+    def _own_text(self, length: int) -> list[int]:
+        """Put the target's own choice in place of the text's end, as decoding would."""
+        own = self.cost.repeats * self.cost.catch_up
+        state = self.plain.prefill(self.tokens[: length - own])
+        while len(state.tokens) < length:
+            state = self.plain.step(state)
+        return state.tokens
+
+    def _of(self, method: Method | None, text: list[int]) -> Iterator[Case]:
+        cost = self.cost
         if method is not None:
-            yield draft_case(method, tokens, steps=cost.repeats, stride=cost.catch_up)
+            yield draft_case(method, text, steps=cost.repeats, stride=cost.catch_up)
             return
         yield from verify_cases(
-            loader.target,
-            tokens,
-            context=len(tokens),
+            self.loader.target,
+            text,
+            context=len(text),
             widths=cost.widths,
             batches=cost.batches,
-            seed=seed,
+            seed=self.seed,
         )
-
-    cases = []
-    for job, method in arms:
-        child.announce(job, f"warm-up at context {len(tokens)}")
-        with child.charged([job], building=False):
-            for case in prepare(method):
-                case.run()  # what fails, fails here, under its own arm
-                cases.append((job, case))
-    return cases
 
 
 def main() -> None:

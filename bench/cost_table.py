@@ -67,6 +67,10 @@ def _cost_row(
         forwards=cost.forwards,
         gb_per_s=metrics.bytes_per_second(cost) / 1e9,
         tokens_per_s_at_n=cost.n * cost.batch / median if cost.what == "verify" else None,
+        energy_mj=cost.energy_mj,
+        held_ms=cost.held_ms,
+        sm_mhz=cost.sm_mhz,
+        power_capped=cost.power_capped,
     )
     if base is None:
         return replace(row, reason="no T_1 of the same scheme, context and batch")

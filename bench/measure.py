@@ -7,12 +7,13 @@ one context are repeated in a shuffled order, so that a drift of the machine mee
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 
 import torch
 from torch import Tensor, nn
 
+from bench.energy import Counter, hold
 from bench.record import Cost
 from bench.timer import Timer
 from methods.decode import Method
@@ -144,6 +145,24 @@ def measure(
         samples[i] += timer.stop().stage_s[STAGE]
     return [
         replace(case.record, repeat_s=taken) for case, taken in zip(cases, samples, strict=True)
+    ]
+
+
+def with_energy(
+    cases: Sequence[Case],
+    taken: Sequence[Cost],
+    *,
+    counter: Counter,
+    hold_s: float,
+    device: torch.device,
+) -> list[Cost]:
+    """Hold every case in turn; add what one run of it took to its record.
+
+    Not before everything is timed: it heats the device, and may cap its clock.
+    """
+    return [
+        replace(cost, **asdict(hold(case.run, counter, seconds=hold_s, device=device)))
+        for case, cost in zip(cases, taken, strict=True)
     ]
 
 

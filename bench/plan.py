@@ -128,7 +128,7 @@ class Planner:
         self._once(f"sandbox {config.runs_programs}", lambda: check.check_sandbox(config))
         check.check_random(config)
         if config.cost is not None:
-            check.check_contexts(config.cost, positions)
+            check.check_cost(config, positions)
         if config.quality is not None:
             check.check_quality(config, positions)
             data = self._once(f"text {digest(tree['task'])}", lambda: digest(config.text.read()))

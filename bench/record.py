@@ -95,7 +95,9 @@ class Cost(Record):
     """Repeated timings of one forward: a verification of n tokens, or a drafter's proposal.
 
     what: `verify` (the target reads a tree of n nodes) or `draft` (a drafter proposes a tree of
-    n nodes with `forwards` forwards of its own model).
+    n nodes with `forwards` forwards of its own model). energy_mj, held_ms: of one, repeated back to
+    back for a while after all were timed; sm_mhz, power_capped: at the end of that. None where
+    nothing was held.
     """
 
     what: str
@@ -107,6 +109,10 @@ class Cost(Record):
     weight_bytes: int  # read by all forwards together, from storage
     kv_bytes: int  # of the cache that was read
     flops: int
+    energy_mj: float | None = None  # by the driver's counter
+    held_ms: float | None = None
+    sm_mhz: int | None = None
+    power_capped: bool | None = None  # whether the power cap held the clock down
 
 
 @dataclass(frozen=True, kw_only=True)

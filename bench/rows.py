@@ -175,6 +175,10 @@ class CostRow:
     reason: str
     cell: str
     folder: str = ""
+    energy_mj: float | None = None  # of one, repeated back to back
+    held_ms: float | None = None  # likewise
+    sm_mhz: int | None = None  # at the end of that
+    power_capped: bool | None = None
 
     @property
     def target(self) -> str:

@@ -10,6 +10,8 @@ from bench.rows import CellRow, CostRow, QualityRow
 CELL_HEAD = ["scheme", "method", "tok/s", "speed-up", "tau", "same tokens", "status"]
 QUALITY_HEAD = ["scheme", "perplexity", "over dense", "KL nats", "same top-1", "status"]
 
+HELD = ("mJ held", "ms held", "W held")  # of one forward or proposal
+
 ERRORS = ("weight_error", "output_error")  # of a layer; the latter by calibrated rounding only
 
 
@@ -42,7 +44,10 @@ def quality_table(rows: Sequence[QualityRow]) -> str:
 
 
 def cost_table(rows: Sequence[CostRow]) -> str:
-    """Give a table per context and batch: reading n tokens, and proposing, over reading one."""
+    """Give a table per context and batch: reading n tokens, and proposing, over reading one.
+
+    Then what these take when they are held, where they were.
+    """
     timed = [r for r in rows if r.median_s is not None]
     lines = []
     for context, batch in dict.fromkeys((r.context, r.batch) for r in timed):
@@ -58,12 +63,18 @@ def cost_table(rows: Sequence[CostRow]) -> str:
         if reads:
             lines.append(f"T_v(n) / T_1 of n tokens after {context}, batch {batch}:")
             lines += [*_aligned(table, right=range(1, len(table[0]))), ""]
+        if any(r.energy_mj is not None for r in reads):
+            lines.append(f"Held, a read of n tokens after {context}, batch {batch}:")
+            lines += [*_held_reads(reads, widths), ""]
         drafts = [r for r in here if r.what == "draft"]
         table = [["scheme", "method", "n", "T_draft", "T_draft / T_1"]]
         table += [[r.target, r.arm, f"{r.n}", _milliseconds(r), _times(r)] for r in drafts]
+        if any(r.energy_mj is not None for r in drafts):
+            held = [list(HELD), *([_held(r, unit) for unit in HELD] for r in drafts)]
+            table = [line + more for line, more in zip(table, held, strict=True)]
         if drafts:
             lines.append(f"A proposal of n tokens after {context}:")
-            lines += [*_aligned(table, right=(2, 3, 4)), ""]
+            lines += [*_aligned(table, right=range(2, len(table[0]))), ""]
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -88,6 +99,26 @@ def quality_report(report: Mapping[str, Any]) -> str:
 
 def _milliseconds(row: CostRow) -> str:
     return f"{1000 * (row.median_s or 0):.3g} ms"
+
+
+def _held_reads(rows: Sequence[CostRow], widths: Sequence[int]) -> list[str]:
+    """Three lines per target: energy, time and power."""
+    table = [["scheme", "", *map(str, widths)]]
+    for cell in dict.fromkeys(r.cell for r in rows):
+        own = {r.n: r for r in rows if r.cell == cell}
+        first = next(iter(own.values()))
+        for unit in HELD:
+            name = first.target if unit == HELD[0] else ""
+            table.append([name, unit.split()[0], *(_held(own.get(n), unit) for n in widths)])
+    return _aligned(table, right=range(2, len(table[0])))
+
+
+def _held(row: CostRow | None, unit: str) -> str:
+    if row is None or row.energy_mj is None or row.held_ms is None:
+        return ""
+    values = (row.energy_mj, row.held_ms, row.energy_mj / row.held_ms)
+    value = dict(zip(HELD, values, strict=True))[unit]
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _times(row: CostRow | None) -> str:

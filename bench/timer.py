@@ -17,6 +17,11 @@ from bench.age import process_age_s
 Instant: TypeAlias = float | torch.cuda.Event  # noqa: TID251
 
 
+def now_s() -> float:
+    """Read the host's clock, of which only differences mean anything; nothing waits."""
+    return perf_counter()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timing:
     """stage_s: seconds of every occurrence of each stage. wall_s: start to stop, host clock.

@@ -18,7 +18,10 @@ from pathlib import Path
 from scripts.h200_tables import write_tables
 
 TABLES = "tables"
-COST = ["cost", "cost.widths=[1,4,8,16,24,32,48,60,64]", "cost.contexts=[512]", "context=1024"]
+COST = [
+    *("cost", "cost.widths=[1,4,8,16,24,32,48,60,64]", "cost.contexts=[512]", "context=1024"),
+    "cost.hold_s=1",
+]
 RUN = ["run", "context=1024", "task.limit=3"]
 TARGETS = ("w4a16", "w8a8", "dense")
 EXACT = ("w4a16", "w8a8")

@@ -6,6 +6,8 @@
 
 A column is a key of the rows below. `copy_tb_per_s` was measured in the process of its own row.
 `lost_share` is what of a round's wall time is no draft, verify or commit: of the worst prompt.
+`energy_mj` and `held_ms` are of one forward that was repeated back to back for `cost.hold_s`; so
+their ratio is its power in watts, and `sm_mhz` and `power_capped` are how the device ended.
 `parts_ms` is what a round should take by parts that were timed apart, by `specquant cost`: a
 proposal, a read of as many tokens, and the commit; `parts_apart` is how far that is from its wall.
 """
@@ -69,6 +71,10 @@ def _forwards(cell: CellResult, cells: list[CellResult]) -> Iterator[Row]:
             "device": cell.device_name,
             "exact": cell.cell.exact,
             "price_of_exact": _told(_price(cell, cost, cells), 3),
+            "energy_mj": _told(cost.energy_mj, 1),
+            "held_ms": _told(cost.held_ms, 4),
+            "sm_mhz": _told(cost.sm_mhz, 0),
+            "power_capped": "" if cost.power_capped is None else cost.power_capped,
         }
 
 

@@ -118,6 +118,16 @@ def test_every_row_has_the_copy_rate_of_its_own_process(out: Path) -> None:
     assert row["copy_tb_per_s"] == "4.000"
 
 
+def test_energy_is_told_where_it_was_measured(out: Path) -> None:
+    held = {"energy_mj": 12640.04, "held_ms": 18.06789, "sm_mhz": 1410, "power_capped": True}
+    door = replace(TARGET, door="cost", exact=True)
+    write_cell(out / "records" / "held", door, [replace(cost("verify", 1, 0.013), **held)])
+    write_tables(out)
+    told = {row["exact"]: list(row.values())[-4:] for row in rows(out / "forward.csv")}
+    assert told["True"] == ["12640.0", "18.0679", "1410", "True"]
+    assert told["False"] == ["", "", "", ""]
+
+
 def test_a_round_is_held_against_its_parts(out: Path) -> None:
     told = write_tables(out).splitlines()
     (row,) = rows(out / "rounds.csv")

@@ -10,6 +10,7 @@ from bench.child import ArmJob, Child, Job
 from bench.plan import Planner
 from bench.record import Cell, Cost, read_lines
 from methods.values import read_json
+from tests.bench.counters import Paced
 from tests.bench.tiny import composed, write_world
 
 WORDS = (
@@ -65,6 +66,43 @@ def test_a_block_times_the_target_and_every_drafter(planner: Planner) -> None:
         assert {"imports", "weights", "building", "captures"} < told["start_s"].keys()
 
 
+def test_every_case_is_held_where_energy_is_asked_for(tmp_path: Path) -> None:
+    planner = Planner(cost.CHILD)
+    words = ["quant=w8a8", "method=chain", *WORDS]
+    config = composed(*write_world(tmp_path), *words, door="cost")
+    planner.add(config, names=NAMES | {"method": "chain"}, overrides=words)
+    (block,) = planner.blocks()
+    jobs = []
+    for arm in block.arms:
+        arm.folder.mkdir(parents=True)
+        held = {**arm.config, "cost": {**arm.config["cost"], "hold_s": 0.05}}
+        jobs.append(ArmJob(folder=str(arm.folder), label=arm.cell.method, config=held))
+    job = Job(name="b", arms=jobs, baseline="", argv=["x"], progress=False)
+    counter = Paced(watts=300, period_s=0.01)
+    cost_cell.work(Child(job, block.campaign), find=lambda device: counter)
+    reads, drafts = (
+        [Cost.parse(line) for line in read_lines(arm.folder / "records.jsonl")]
+        for arm in block.arms
+    )
+    points = [(c.n, c.context) for c in reads]
+    assert points == [(n, context) for context in (20, 40) for n in (1, 5, 9)]
+    assert [c.context for c in drafts] == [20, 40]
+    for record in (*reads, *drafts):
+        assert len(record.repeat_s) == 3
+        assert record.energy_mj is not None
+        assert record.held_ms is not None
+        assert record.energy_mj / record.held_ms == pytest.approx(300, rel=0.3)
+        assert (record.sm_mhz, record.power_capped) == (1410, True)
+
+
+def test_records_from_before_energy_was_measured_are_read() -> None:
+    line = {
+        **{"schema": 1, "what": "verify", "n": 1, "context": 20, "batch": 1, "forwards": 1},
+        **{"repeat_s": [0.1, 0.2], "weight_bytes": 1, "kv_bytes": 1, "flops": 1},
+    }
+    assert Cost.parse(line).energy_mj is None
+
+
 def test_the_door_shows_what_it_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +139,10 @@ def test_cells_of_the_cost_door_are_named_by_it(planner: Planner) -> None:
         ("cost.contexts=[250]", "within the model's 256 positions together, got 259"),
         ("cost.repeats=1", "repeats must be 2 or more, got 1"),
         ("cost.repeats=many", "cost.repeats"),
+        ("cost.hold_s=-1", "cost: hold_s must be 0 to 60, got -1"),
+        ("cost.hold_s=nan", "hold_s must be 0 to 60, got nan"),
+        ("cost.hold_s=long", "cost.hold_s"),
+        ("cost.hold_s=1", "^cost.hold_s needs device=cuda, .* got cpu; cost.hold_s=0 works$"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(

@@ -248,6 +248,34 @@ def test_a_table_of_costs_says_what_reading_and_drafting_take(tmp_path: Path) ->
     )
 
 
+def test_a_table_of_costs_says_what_was_held(tmp_path: Path) -> None:
+    held = {"energy_mj": 12600.0, "held_ms": 18.0, "sm_mhz": 1410, "power_capped": True}
+    timed = [cost("verify", 1, [0.002] * 2), replace(cost("verify", 8, [0.003] * 2), **held)]
+    write_cell(tmp_path / "cost", replace(CELL, door="cost", method="", task=""), timed)
+    drafter = replace(CELL, door="cost", method="chain", draft_scheme="", task="")
+    held = {"energy_mj": 99.0, "held_ms": 1.5, "sm_mhz": 1980, "power_capped": False}
+    drafts = [replace(cost("draft", 5, [0.001] * 2), **held)]
+    write_cell(tmp_path / "cost-chain", drafter, drafts)
+    rows = cost_rows(load(tmp_path), BOOTSTRAP)
+    assert [(r.energy_mj, r.held_ms, r.sm_mhz, r.power_capped) for r in rows] == [
+        (None, None, None, None),
+        (12600.0, 18.0, 1410, True),
+        (99.0, 1.5, 1980, False),
+    ]
+    assert terminal.cost_table(rows).partition("Held")[2] == (
+        ", a read of n tokens after 64, batch 1:\n"
+        "  scheme      1      8\n"
+        "  dense   mJ     12600\n"
+        "          ms        18\n"
+        "          W        700\n"
+        "\n"
+        "A proposal of n tokens after 64:\n"
+        "  scheme  method  n  T_draft  T_draft / T_1  mJ held  ms held  W held\n"
+        "  dense   chain   5     1 ms           0.50       99      1.5      66\n"
+        "\n"
+    )
+
+
 def test_report_needs_no_torch(tmp_path: Path) -> None:
     code = "import sys, bench.report; print({'torch', 'transformers'} & set(sys.modules))"
     assert run("-c", code, cwd=tmp_path).stdout == "set()\n"
