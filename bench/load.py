@@ -20,7 +20,8 @@ from bench.schemes import Schemes
 from bench.source import read_file
 from methods.calibrate import load_calibrated
 from methods.checkpoint import check_transformer, stored_in
-from methods.decode import Mark, Method, unmarked
+from methods.decode import Method
+from methods.drafter import Mark, unmarked
 from methods.random_weights import is_random
 from methods.recipe import Parts
 from methods.transformer import Transformer

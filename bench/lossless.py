@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.config import Config
 from bench.record import Generation, Status
 from bench.replayed import missed
-from methods.decode import PREFILL_CHUNK
+from methods.prefill import PREFILL_CHUNK
 from methods.transformer import Transformer
 from methods.verify import Rule
 

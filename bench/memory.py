@@ -20,9 +20,9 @@ from bench.machine import index_of
 from bench.schemes import every_scheme
 from methods.architecture import EMBEDDING, read_shape, stacked_shapes, transformer_shapes
 from methods.checkpoint import quantization_of
-from methods.decode import PREFILL_CHUNK
 from methods.head_shapes import EAGLE3_PREFIX, FC, LM_HEAD
 from methods.head_shapes import EMBEDDING as HEAD_EMBEDDING
+from methods.prefill import PREFILL_CHUNK
 from methods.weights import Weights, read_config
 from quant.scheme import REFERENCE, Scheme
 

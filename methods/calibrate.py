@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.checkpoint import check_transformer, load_transformer
-from methods.decode import Mark, unmarked
+from methods.drafter import Mark, unmarked
 from methods.random_weights import is_random, typical_absmax
 from methods.transformer import Transformer
 from quant.scheme import Scheme

@@ -15,7 +15,7 @@ from methods.architecture import (
     require_layers,
     stored_tensors,
 )
-from methods.decode import Mark, unmarked
+from methods.drafter import Mark, unmarked
 from methods.head_shapes import head_method
 from methods.packer import Packer
 from methods.transformer import Shape, Transformer

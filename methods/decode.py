@@ -3,93 +3,19 @@
 Letters: P prompt tokens, n nodes of a tree, F features kept for the drafter.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from methods.drafter import Drafter, Mark, State, unmarked
 from methods.fused import attends, commit, walk
 from methods.graph import GRAPHS, Captured
+from methods.prefill import chunks
 from methods.transformer import Transformer, read_tree
 from methods.tree import Tree
 from methods.verify import Rule
-
-# Told each stage's name as it ends: prefill, draft_prefill, then host (what the device waits for),
-# draft, verify, commit and stop (the caller's own look at the new tokens) of every step.
-Mark = Callable[[str], None]
-
-# Prompts are read in chunks, so that activations of a long one stay small.
-PREFILL_CHUNK = 1024
-
-
-def unmarked(stage: str) -> None:
-    """Drop a mark: the clock of an outer method already runs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """What is decided, as a drafter sees it.
-
-    tokens: all of them; the newest is the root of the next tree, unread by the target.
-    kept: how many leading tokens are as they were in the previous state of this method.
-    features: [read, F], of tokens[:read]; read is len(tokens) - 1, or less after a rewind.
-    accepted, drafted: drafts kept and proposed by the step that led here.
-    """
-
-    tokens: list[int]
-    kept: int
-    features: Tensor
-    seed: int
-    accepted: int = 0
-    drafted: int = 0
-
-
-class Drafter(ABC):
-    """What proposes. It may scribble in caches of its own; it never touches the target's."""
-
-    @property
-    @abstractmethod
-    def taps(self) -> tuple[int, ...]:
-        """Streams of the target it wants as features (`Transformer.forward`)."""
-
-    @property
-    @abstractmethod
-    def widths(self) -> Sequence[int]:
-        """Sizes of the trees that it may propose, root included."""
-
-    @property
-    def max_nodes(self) -> int:
-        """The largest tree it proposes, root included."""
-        return max(self.widths)
-
-    @property
-    def longest(self) -> int:
-        """Most tokens that a step may give: the longest path, its end's bonus for the root."""
-        return self.max_nodes
-
-    def blank(self, n: int) -> Tree:
-        """A tree of n nodes that lies where a proposed one does, on the host or on the device."""
-        return Tree.chain([0] * n)
-
-    @abstractmethod
-    def warm_up(self, features: int, *, unread: int) -> None:
-        """Call what it captures in every shape and place of its inputs (methods.graph).
-
-        features: F of a state. unread: as of `Method.warm_up`.
-        """
-
-    @abstractmethod
-    def begin(self, state: State) -> None:
-        """Read the prompt; nothing of an earlier one may be reused."""
-
-    @abstractmethod
-    def propose(self, state: State, mark: Mark = unmarked) -> Tree:
-        """Give a tree whose root is state.tokens[-1].
-
-        mark: told `host` wherever the device has waited for the host and waits no longer.
-        """
 
 
 class Method:
@@ -141,15 +67,14 @@ class Method:
         self._require_room(tokens)
         self.kv.rewind(0)
         self.cached = []
-        for start in range(0, len(tokens) - 1, PREFILL_CHUNK):
-            chunk = tokens[start : min(start + PREFILL_CHUNK, len(tokens) - 1)]
-            whole = torch.tensor([chunk], device=self.target.device)
-            positions = torch.arange(start, start + len(chunk), device=self.target.device)
+        for chunk in chunks(0, len(tokens) - 1):
+            whole = torch.tensor([tokens[chunk]], device=self.target.device)
+            positions = torch.arange(chunk.start, chunk.stop, device=self.target.device)
             read = self.target(whole, positions, self.kv, taps=self.drafter.taps)
             if self.features.shape[1]:
-                self.features[start : start + len(chunk)] = read.features[0]
-            self.kv.advance(len(chunk))
-            self.cached += chunk
+                self.features[chunk] = read.features[0]
+            self.kv.advance(chunk.stop - chunk.start)
+            self.cached += tokens[chunk]
         mark("prefill")
         state = self._state(tokens, kept=0, seed=seed)
         self.drafter.begin(state)

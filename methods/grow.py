@@ -20,11 +20,12 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from methods.decode import PREFILL_CHUNK, Drafter, Mark, State, unmarked
+from methods.drafter import Drafter, Mark, State, unmarked
 from methods.expansion import Expansion, Level
 from methods.fused import attends, best, expand, prune
 from methods.graph import GRAPHS, Captured
 from methods.kv import KVCache
+from methods.prefill import chunks
 from methods.recipe import Parts
 from methods.transformer import Shape
 from methods.tree import Tree
@@ -176,11 +177,11 @@ class TreeDrafter(Drafter):
 
     def _read_pairs(self, state: State, *, end: int) -> None:
         """Commit the pairs from the cache's length to `end`."""
-        for start in range(self.kv.length, end, PREFILL_CHUNK):
-            stop = min(start + PREFILL_CHUNK, end)
+        for chunk in chunks(self.kv.length, end):
+            start, stop = chunk.start, chunk.stop
             self.head(
                 torch.tensor(state.tokens[start + 1 : stop + 1], device=self.device),
-                self.head.enter(state.features[start:stop]),
+                self.head.enter(state.features[chunk]),
                 torch.arange(start, stop, device=self.device),
                 self.kv,
                 None,

@@ -16,7 +16,8 @@ from pathlib import Path
 from torch import Tensor
 
 from methods.checkpoint import check_transformer
-from methods.decode import Drafter, Mark, Method, State, unmarked
+from methods.decode import Method
+from methods.drafter import Drafter, Mark, State, unmarked
 from methods.recipe import Family, Parts, Recipe
 from methods.tree import Tree
 

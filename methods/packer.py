@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from methods.architecture import FUSED, GATE_UP, QKV
-from methods.decode import Mark, unmarked
+from methods.drafter import Mark, unmarked
 from methods.norm import HeadNorm, RMSNorm
 from methods.transformer import MLP, Attention, Block, Shape
 from methods.values import naming

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from methods.decode import Drafter, Method
+from methods.decode import Method
+from methods.drafter import Drafter
 from methods.transformer import Transformer
 from methods.verify import Rule
 from quant.scheme import Scheme

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from methods.checkpoint import check_transformer
-from methods.decode import Drafter
+from methods.drafter import Drafter
 from methods.grow import Head, TreeDrafter
 from methods.head import kept_rows
 from methods.recipe import Family, Parts, Recipe

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from methods.decode import Drafter, Mark, State, unmarked
+from methods.drafter import Drafter, Mark, State, unmarked
 from methods.recipe import Family, Parts, Recipe
 from methods.tree import Tree
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from methods.decode import Drafter, Mark, State, unmarked
+from methods.drafter import Drafter, Mark, State, unmarked
 from methods.tree import Tree
 
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from methods.decode import Drafter, Method, Output, generate
+from methods.decode import Method, Output, generate
+from methods.drafter import Drafter
 from methods.recipe import Family, Parts
 from methods.vanilla import Vanilla, VanillaDrafter
 from methods.verify import Greedy, Rule, Sampled

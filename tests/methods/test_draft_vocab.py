@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bench.build import build
 from methods.checkpoint import check_transformer, load_lm_head
-from methods.decode import Mark, Method, State, unmarked
+from methods.decode import Method
+from methods.drafter import Mark, State, unmarked
 from methods.eagle2 import Eagle2, Eagle2Head
 from methods.eagle3 import Eagle3, Eagle3Head
 from methods.hierarchical import Hierarchical

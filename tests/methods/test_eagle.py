@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from methods.decode import Mark, Method, Output, State, generate, unmarked
+from methods.decode import Method, Output, generate
+from methods.drafter import Mark, State, unmarked
 from methods.eagle2 import Eagle2
 from methods.eagle3 import Eagle3
 from methods.expansion import Expansion
@@ -223,8 +224,7 @@ def test_a_prompt_of_many_chunks_reads_as_one_of_a_single_chunk(
         return generate(method, prompt, limit=20, stop=lambda new: None)
 
     whole = run()
-    monkeypatch.setattr("methods.decode.PREFILL_CHUNK", 7)
-    monkeypatch.setattr("methods.grow.PREFILL_CHUNK", 5)
+    monkeypatch.setattr("methods.prefill.PREFILL_CHUNK", 7)
     assert run() == whole
 
 

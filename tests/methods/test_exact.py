@@ -51,8 +51,7 @@ def test_a_prompt_is_read_alike_whatever_drafts(
     family: Family, name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The first thing that bit-equal tokens rest on: the same cache, bit for bit, behind the prompt.
-    for module in ("decode", "grow"):
-        monkeypatch.setattr(f"methods.{module}.PREFILL_CHUNK", chunk)
+    monkeypatch.setattr("methods.prefill.PREFILL_CHUNK", chunk)
     parts = make_parts(family)
     plain, other = RECIPES["vanilla"].method(parts), RECIPES[name].method(parts)
     plain.prefill(PROMPT)

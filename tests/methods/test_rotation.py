@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from methods.decode import Drafter, Mark, Method, State, unmarked
+from methods.decode import Method
+from methods.drafter import Drafter, Mark, State, unmarked
 from methods.eagle2 import Eagle2
 from methods.eagle3 import Eagle3
 from methods.recipe import Family, Recipe
