@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
@@ -164,7 +163,10 @@ class Block:
         )
         if not self._fits(tokens):
             return answer
-        missed = GRAPHS.missed
+        known, missed = GRAPHS.captured, GRAPHS.missed
+        arm.method.expect([len(tokens)])  # how long a later turn's prompt is depends on answers
+        if GRAPHS.captured > known:
+            note_graphs(Path(arm.job.folder), GRAPHS.captured, GRAPHS.reserved_bytes)
         if self.watch is not None:
             self.watch.mark("warm_up")
         self.timer.start()
@@ -234,25 +236,27 @@ class Block:
 
     def _warm_up(self) -> None:
         """Let every arm decode a little, off the record: allocators, kernels, caches."""
-        fitting = filter(self._fits, (self._encode(p, []) for p in self.prompts))
-        tokens = list(islice(fitting, self.settings.warmup_prompts))
+        fitting = [t for t in (self._encode(p, []) for p in self.prompts) if self._fits(t)]
         for arm in self.arms:
             self.child.announce(arm.job, "warm-up")
             with self.child.charged([arm.job], building=False):
                 arm.method.warm_up()
+                arm.method.expect([len(tokens) for tokens in fitting])
                 if self.watch is not None:
                     self.watch.mark("captures")
                 note_graphs(Path(arm.job.folder), GRAPHS.captured, GRAPHS.reserved_bytes)
                 limit = min(self.settings.warmup_tokens, self.task.max_new_tokens)
-                tried = [attempt(arm.method, prompt, limit) for prompt in tokens]
-                problem = self._broken(arm, tried)
+                tried = [
+                    attempt(arm.method, tokens, limit)
+                    for tokens in fitting[: self.settings.warmup_prompts]
+                ]
+                problem = self._broken(arm, fitting, tried)
             with self.child.charged([arm.job], building=True):
                 if problem:
                     raise ValueError(problem)
 
-    def _broken(self, arm: Arm, tried: Sequence[Output]) -> str:
+    def _broken(self, arm: Arm, fitting: Sequence[list[int]], tried: Sequence[Output]) -> str:
         """Say whether an arm drafts in vain, by what it was tried on and more if need be."""
-        fitting = [t for t in (self._encode(p, []) for p in self.prompts) if self._fits(t)]
         problems = (
             broken(
                 method,

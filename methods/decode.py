@@ -3,7 +3,7 @@
 Letters: P prompt tokens, n nodes of a tree, F features kept for the drafter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from methods.drafter import Drafter, Mark, State, unmarked
 from methods.fused import attends, commit, walk
 from methods.graph import GRAPHS, Captured
-from methods.prefill import chunks
+from methods.prefill import FirstChunk, chunks, sent
 from methods.transformer import Transformer, read_tree
 from methods.tree import Tree
 from methods.verify import Rule
@@ -36,6 +36,7 @@ class Method:
             device=target.device,
         )
         self.cached: list[int] = []
+        self._first = FirstChunk(self._read, self.kv)
         graphed = attends(self.kv.data)
         self._verify = Captured(
             self._verified, device=target.device, graphed=graphed and rule.graphed, fetched=0
@@ -62,19 +63,39 @@ class Method:
         self.kv.rewind(0)
         self.cached = []
 
-    def prefill(self, tokens: list[int], *, seed: int = 0, mark: Mark = unmarked) -> State:
-        """Forget everything and read a prompt, all but its newest token, and the drafter's too."""
+    def expect(self, lengths: Collection[int], *, drafting: bool = False) -> None:
+        """Capture how what drafts reads prompts of so many tokens; forget everything.
+
+        drafting: this method does, for another, so its target's own reads are among these.
+        """
+        self.kv.rewind(0)
+        self.cached = []
+        if drafting:
+            self._first.expect(n - 1 for n in lengths)
+        self.drafter.expect(lengths)
+
+    def prefill(
+        self,
+        tokens: list[int],
+        *,
+        seed: int = 0,
+        mark: Mark = unmarked,
+        drafting: bool = False,
+    ) -> State:
+        """Forget everything and read a prompt, all but its newest token, and the drafter's too.
+
+        drafting: as of `expect`.
+        """
         self._require_room(tokens)
         self.kv.rewind(0)
         self.cached = []
-        for chunk in chunks(0, len(tokens) - 1):
-            whole = torch.tensor([tokens[chunk]], device=self.target.device)
-            positions = torch.arange(chunk.start, chunk.stop, device=self.target.device)
-            read = self.target(whole, positions, self.kv, taps=self.drafter.taps)
-            if self.features.shape[1]:
-                self.features[chunk] = read.features[0]
+        end = len(tokens) - 1
+        if drafting:
+            self._first(tokens[:end])
+        for chunk in chunks(self.kv.length, end):
+            self._read(sent(tokens[chunk], self.target.device))
             self.kv.advance(chunk.stop - chunk.start)
-            self.cached += tokens[chunk]
+        self.cached = tokens[:end]
         mark("prefill")
         state = self._state(tokens, kept=0, seed=seed)
         self.drafter.begin(state)
@@ -123,6 +144,16 @@ class Method:
             accepted=count - 1,
             drafted=len(tree) - 1,
         )
+
+    def _read(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Read [n] tokens in order behind what is decided, and keep their features."""
+        start, end = self.kv.length, self.kv.length + len(tokens)
+        positions = torch.arange(start, end, device=self.target.device)
+        read = self.target(tokens[None], positions, self.kv, taps=self.drafter.taps)
+        self.kv.scratch = 0
+        if self.features.shape[1]:
+            self.features[start:end] = read.features[0]
+        return ()
 
     def _verified(self, known: Tensor, tokens: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
         """Read u unread tokens and a tree of n nodes below them; decide what stands of the tree.

@@ -4,7 +4,7 @@ Letters: n nodes of a tree, F features kept for the drafter.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -71,6 +71,10 @@ class Drafter(ABC):
 
         features: F of a state. unread: as of `Method.warm_up`.
         """
+
+    @abstractmethod
+    def expect(self, lengths: Collection[int]) -> None:
+        """Capture how it reads prompts of so many tokens. An earlier prompt's reads may be lost."""
 
     @abstractmethod
     def begin(self, state: State) -> None:

@@ -16,6 +16,7 @@ Letters: m pairs, K top_k, D hidden, F width of the target's features, V draft v
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from methods.expansion import Expansion, Level
 from methods.fused import attends, best, expand, prune
 from methods.graph import GRAPHS, Captured
 from methods.kv import KVCache
-from methods.prefill import chunks
+from methods.prefill import PREFILL_CHUNK, FirstChunk, chunks, sent
 from methods.recipe import Parts
 from methods.transformer import Shape
 from methods.tree import Tree
@@ -113,6 +114,11 @@ class TreeDrafter(Drafter):
         self.device = parts.target.device
         self.kv = head.cache(parts.context + 2 * nodes + depth * top_k)
         self._most_fresh = depth + 2  # pairs that steps leave unread: a whole path and its bonus
+        self._entering = self.kv.data.new_zeros(
+            min(PREFILL_CHUNK, self.kv.capacity),
+            len(head.taps) * parts.target.shape.hidden_size,
+        )
+        self._first = FirstChunk(self._read_first, self.kv)
         graphed = attends(self.kv.data)
         self._draft = Captured(self._drafted, device=self.device, graphed=graphed)
 
@@ -131,10 +137,19 @@ class TreeDrafter(Drafter):
         """The root alone where a feature lacks."""
         return (1, self.nodes)
 
+    def expect(self, lengths: Collection[int]) -> None:
+        """A prompt has a pair less than tokens, and the newest is no part of its read."""
+        self._first.expect(n - 2 for n in lengths)
+
     def begin(self, state: State) -> None:
         """Read the prompt's pairs but the newest, which every proposal reads itself."""
         self.kv.rewind(0)
-        self._read_pairs(state, end=len(state.tokens) - 2)
+        pairs = state.tokens[1:-1]
+        here = state.features[: min(len(pairs), len(self._entering))]
+        self._entering[: len(here)] = here
+        self._entering[len(here) :] = 0
+        self._first(pairs)
+        self._read_pairs(state, end=len(pairs))
 
     def warm_up(self, features: int, *, unread: int) -> None:
         """Draft behind every number of pairs that a step may leave unread."""
@@ -178,15 +193,21 @@ class TreeDrafter(Drafter):
     def _read_pairs(self, state: State, *, end: int) -> None:
         """Commit the pairs from the cache's length to `end`."""
         for chunk in chunks(self.kv.length, end):
-            start, stop = chunk.start, chunk.stop
-            self.head(
-                torch.tensor(state.tokens[start + 1 : stop + 1], device=self.device),
-                self.head.enter(state.features[chunk]),
-                torch.arange(start, stop, device=self.device),
-                self.kv,
-                None,
-            )
-            self.kv.advance(stop - start)
+            tokens = state.tokens[chunk.start + 1 : chunk.stop + 1]
+            self._read(sent(tokens, self.device), state.features[chunk])
+            self.kv.advance(chunk.stop - chunk.start)
+
+    def _read_first(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Read a prompt's first pairs, whose features are where a graph finds them."""
+        return self._read(tokens, self._entering[: len(tokens)])
+
+    def _read(self, tokens: Tensor, features: Tensor) -> tuple[Tensor, ...]:
+        """Read pairs in order behind the decided ones. tokens: [m]; features: [m, F]."""
+        start = self.kv.length
+        positions = torch.arange(start, start + len(tokens), device=self.device)
+        self.head(tokens, self.head.enter(features), positions, self.kv, None)
+        self.kv.scratch = 0
+        return ()
 
     def _drafted(self, fresh: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Read m fresh pairs and grow a tree behind the last: its tokens and parents, each [n].

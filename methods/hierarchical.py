@@ -10,6 +10,7 @@ stands; after full acceptance, the last draft and the bonus are unread and ride 
 next step. Both cases thus have the right embeddings and positions by construction.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +46,13 @@ class HierarchicalDrafter(Drafter):
         """The smaller model's own; after full acceptance its last draft rides along as well."""
         self.method.warm_up(unread=unread + 1)
 
+    def expect(self, lengths: Collection[int]) -> None:
+        """The smaller model reads what the target does."""
+        self.method.expect(lengths, drafting=True)
+
     def begin(self, state: State) -> None:
         """Let the smaller model and its drafter read the prompt."""
-        self.method.prefill(state.tokens, seed=state.seed)
+        self.method.prefill(state.tokens, seed=state.seed, drafting=True)
 
     def propose(self, state: State, mark: Mark = unmarked) -> Tree:
         """Collect inner steps into a chain."""

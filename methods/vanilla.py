@@ -1,5 +1,6 @@
 """Plain decoding: the tree is its root."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,9 @@ class VanillaDrafter(Drafter):
 
     def warm_up(self, features: int, *, unread: int) -> None:
         """Runs nothing."""
+
+    def expect(self, lengths: Collection[int]) -> None:
+        """Reads nothing."""
 
     def begin(self, state: State) -> None:
         """Read nothing."""

@@ -1,6 +1,6 @@
 """Drafters whose drafts are known beforehand, or are another's."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from methods.drafter import Drafter, Mark, State, unmarked
 from methods.tree import Tree
@@ -24,6 +24,9 @@ class Scripted(Drafter):
         return range(1, self.depth + 2)
 
     def warm_up(self, features: int, *, unread: int) -> None:
+        pass
+
+    def expect(self, lengths: Collection[int]) -> None:
         pass
 
     def begin(self, state: State) -> None:
@@ -57,6 +60,9 @@ class HandsOn(Drafter):
 
     def warm_up(self, features: int, *, unread: int) -> None:
         self.inner.warm_up(features, unread=unread)
+
+    def expect(self, lengths: Collection[int]) -> None:
+        self.inner.expect(lengths)
 
     def begin(self, state: State) -> None:
         self.inner.begin(state)

@@ -57,6 +57,7 @@ def called_and_captured(recipe: Recipe, parts: Parts) -> tuple[Output, Method]:
     """What calls give, once graphs have given the same and missed no step; and the method."""
     called, method = decode(recipe.method(parts)), recipe.method(parts)
     method.warm_up()
+    method.expect([len(PROMPT)])
     missed = GRAPHS.missed
     assert decode(method) == called
     assert GRAPHS.missed == missed
