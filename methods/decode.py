@@ -97,7 +97,7 @@ class Method:
             self.kv.advance(chunk.stop - chunk.start)
         self.cached = tokens[:end]
         mark("prefill")
-        state = self._state(tokens, kept=0, seed=seed)
+        state = self._state(tokens, kept=len(tokens), seed=seed)
         self.drafter.begin(state)
         mark("draft_prefill")
         return state

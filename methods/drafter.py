@@ -25,7 +25,8 @@ class State:
     """What is decided, as a drafter sees it.
 
     tokens: all of them; the newest is the root of the next tree, unread by the target.
-    kept: how many leading tokens are as they were in the previous state of this method.
+    kept: how many leading tokens are as they were in the state before, or in the prompt that the
+    drafter has begun with.
     features: [read, F], of tokens[:read]; read is len(tokens) - 1, or less after a rewind.
     accepted, drafted: drafts kept and proposed by the step that led here.
     """

@@ -99,6 +99,40 @@ def rope_write(
     )
 
 
+def rope_attend(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    cache: Tensor,
+    base: Tensor,
+    scratch: int,
+    *,
+    ancestors: Tensor | None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    bias: Tensor | None = None,
+    digits: bool = False,
+) -> Tensor | BlockFloat:
+    """`rope_write`, then `attend`; on Hopper one launch does both, where nothing else is asked for.
+
+    The positions of a node and its ancestors follow one another.
+    """
+    assert qkv.is_contiguous()
+    assert positions.is_contiguous()
+    assert ancestors is None or (ancestors.dtype == torch.int32 and ancestors.is_contiguous())
+    if fuses(qkv) and norm is None and bias is None:
+        from methods.kernels import attention_hopper as kernel
+
+        if kernel.takes(cache, qkv.shape[1] // cache.shape[3] - 2 * cache.shape[1]):
+            table = (qkv, cos, sin, positions, cache, base, scratch)
+            return kernel.rope_attend(*table, ancestors=ancestors, digits=digits)
+    queries = rope_write(
+        qkv, cos, sin, positions, cache, base, scratch, norm=norm, eps=eps, bias=bias
+    )
+    return attend(queries, cache, base, scratch, ancestors=ancestors, digits=digits)
+
+
 def join(table: Tensor, tokens: Tensor, hidden: Tensor) -> Tensor:
     """Put each token's row of a table beside its hidden vector. tokens: [n] -> [n, 2D].
 

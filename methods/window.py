@@ -11,6 +11,7 @@ Letters: B batch, n new tokens, H query heads, G key-value heads, S slots, d hea
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -90,21 +91,12 @@ class Fused(Window):
     positions: Tensor
     base: Tensor
 
-    def turned(
-        self, layer: int, projected: Tensor, bias: Tensor | None, norm: HeadNorm | None
-    ) -> Tensor:
-        """Give the queries, [n, H, d], once keys and values are written."""
-        return fused.rope_write(
-            projected[0],
-            *self.angles,
-            self.positions,
-            self.kv.data[layer, :, 0],
-            self.base,
-            self.kv.scratch,
-            norm=None if norm is None else norm.weight,
-            eps=0.0 if norm is None else norm.eps,
-            bias=bias,
-        )
+    def entering(
+        self, layer: int, projected: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+        """What enters a layer's kernels, from `qkv` to `scratch`."""
+        cache = self.kv.data[layer, :, 0]
+        return projected[0], *self.angles, self.positions, cache, self.base, self.kv.scratch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +115,11 @@ class Slots(Fused):
         digits: bool,
     ) -> Tensor | BlockFloat:
         """As in `Window`."""
-        queries = self.turned(layer, projected, bias, norm)
-        cache, scratch = self.kv.data[layer, :, 0], self.kv.scratch
-        mixed = fused.attend(
-            queries, cache, self.base, scratch, ancestors=self.ancestors, digits=digits
+        mixed = fused.rope_attend(
+            *self.entering(layer, projected),
+            ancestors=self.ancestors,
+            digits=digits,
+            **_asked(bias, norm),
         )
         return mixed if isinstance(mixed, BlockFloat) else mixed[None]
 
@@ -147,10 +140,23 @@ class Chunk(Fused):
         digits: bool,
     ) -> Tensor:
         """As in `Window`."""
-        queries = self.turned(layer, projected, bias, norm)
+        queries = fused.rope_write(*self.entering(layer, projected), **_asked(bias, norm))
         end = self.kv.length + self.kv.scratch + len(queries)
         keys, values = self.kv.data[layer, :, :, :, :end]
         return attention.attend(queries.transpose(0, 1)[None], keys, values, self.seen)
+
+
+class _Asked(TypedDict):
+    norm: Tensor | None
+    eps: float
+    bias: Tensor | None
+
+
+def _asked(bias: Tensor | None, norm: HeadNorm | None) -> _Asked:
+    """What is done to queries and keys before they are turned, by the kernels' names."""
+    if norm is None:
+        return {"norm": None, "eps": 0.0, "bias": bias}
+    return {"norm": norm.weight, "eps": norm.eps, "bias": bias}
 
 
 def window(

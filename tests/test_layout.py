@@ -18,6 +18,7 @@ SCHEME_FREE = (
         "kernels.blocks_triton",
         "kernels.kernel",
         "kernels.choice",
+        "kernels.cuda_build",
         "kernels.early",
         "kernels.exact",
         "kernels.machine",

@@ -27,11 +27,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from methods.kernels.combine import STEP, STEPS, combine, length_of, merge
+from methods.kernels import pieces
+from methods.kernels.combine import STEP, combine, length_of, merge, walked
+from methods.kernels.pieces import cut, longest_path
 from quant.block_float import BlockFloat
 from quant.kernels.early import admit, await_earlier, early
 
-SPLIT = tl.constexpr(STEPS.value * STEP.value)
+SPLIT = tl.constexpr(pieces.SPLIT)
 ROWS = tl.constexpr(64)
 # A launch is fine up to so many programs of whole splits; beyond, pieces cost more than waits that
 # are shared (H200, one node: 6.9 us for 8.7 after 512, 17.7 for 12.6 after 4,096).
@@ -244,27 +246,21 @@ def attend(
     """See `methods.fused.attend`."""
     nodes, heads, dim = queries.shape
     _, groups, capacity, _ = cache.shape
-    tiles = triton.cdiv(nodes * heads // groups, ROWS.value)
-    depth = 0 if ancestors is None else ancestors.shape[1]
-    splits = triton.cdiv(capacity, SPLIT.value)
-    own_steps = (STEP.value + (depth or scratch + nodes) - 2) // STEP.value + 1
-    fine = splits * tiles * groups <= FEW
-    shared = triton.cdiv(capacity, STEP.value) if fine else splits
-    pieces = shared if fine else splits + own_steps
-    hop = own_steps if fine else 1  # programs that share a node's own steps
-    shared_programs = shared * tiles * groups
-    scalars = queries.new_empty(2, pieces, nodes * heads, dtype=torch.float32)
-    sums = queries.new_empty(pieces, nodes * heads, dim, dtype=torch.float32)
+    rows, longest = nodes * heads // groups, longest_path(ancestors, scratch, nodes)
+    parts = cut(rows, groups, capacity, tile=ROWS.value, longest=longest, few=FEW)
+    scalars = queries.new_empty(2, parts.pieces, nodes * heads, dtype=torch.float32)
+    sums = queries.new_empty(parts.pieces, nodes * heads, dim, dtype=torch.float32)
     scale = LOG2_E / dim**0.5
     path = queries if ancestors is None else ancestors  # not read where none is given
-    padded = triton.next_power_of_2(depth or 1)
-    sizes = {"HEADS": heads, "DIM": dim, "DEPTH": depth, "PADDED": padded, "FINE": fine}
-    _partials[(shared_programs + hop * nodes * groups,)](
+    _partials[(parts.shared_programs + parts.hop * nodes * groups,)](
         *(queries, cache, base, path, *scalars, sums, scale),
-        *(nodes, scratch, tiles, shared_programs, hop, splits),
+        *(nodes, scratch, parts.tiles, parts.shared_programs, parts.hop, parts.own_at),
         *cache.stride()[:3],
-        **sizes,
+        HEADS=heads,
         GROUPS=groups,
+        DIM=dim,
+        **walked(ancestors),
+        FINE=parts.fine,
         PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
         STAGES=STAGES,
         num_warps=WARPS,
@@ -275,10 +271,9 @@ def attend(
         queries,
         (*scalars, sums),
         base,
-        path,
+        ancestors,
         scale=scale,
         scratch=scratch,
-        own_at=splits,
-        sizes=sizes,
+        parts=parts,
         digits=digits,
     )

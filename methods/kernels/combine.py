@@ -4,20 +4,22 @@ What pieces are, and why their order matters, is told in `methods.kernels.attent
 these are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from methods.kernels import pieces
+from methods.kernels.pieces import Cut
 from quant import block_float
 from quant.block_float import BlockFloat
 from quant.kernels.blocks_triton import WIDTH as DIGITS
 from quant.kernels.blocks_triton import round_blocks, store_digits
 from quant.kernels.early import admit, await_earlier, early
 
-STEP = tl.constexpr(64)
-STEPS = tl.constexpr(4)  # of a split
+STEP = tl.constexpr(pieces.STEP)
+STEPS = tl.constexpr(pieces.STEPS)
 # Splits that are added at once.
 BATCH = tl.constexpr(8)
 # Warps that add one head's splits: 4 of them took 10 us more at 60 nodes.
@@ -179,24 +181,29 @@ def _combine(
         tl.store(out + row * DIM + tl.arange(0, DIM), acc / total)
 
 
+def walked(ancestors: Tensor | None) -> dict[str, int]:
+    """What kernels that count a node's path must know of it. ancestors: [n, depth] or None."""
+    depth = 0 if ancestors is None else ancestors.shape[1]
+    return {"DEPTH": depth, "PADDED": triton.next_power_of_2(depth or 1)}
+
+
 def combine(
     queries: Tensor,
-    pieces: Sequence[Tensor],
+    made_of: Sequence[Tensor],
     base: Tensor,
-    path: Tensor,
+    ancestors: Tensor | None,
     *,
     scale: float,
     scratch: int,
-    own_at: int,
-    sizes: Mapping[str, int],
+    parts: Cut,
     digits: bool,
 ) -> Tensor | BlockFloat:
     """Make of all pieces what `methods.fused.attend` gives.
 
-    pieces: maxima, sums [pieces, n * H] and weighted values [pieces, n * H, d]. path: ancestors.
-    own_at: the first piece of own steps. sizes: HEADS ... FINE of the kernel.
+    made_of: maxima, sums [pieces, n * H] and weighted values [pieces, n * H, d].
     """
     nodes, heads, dim = queries.shape
+    path = queries if ancestors is None else ancestors  # not read where none is given
     fits = digits and dim == DIGITS.value
     made: Tensor | BlockFloat
     if fits:
@@ -204,9 +211,12 @@ def combine(
     else:
         out = scales = made = queries.new_empty(nodes, heads * dim)
     _combine[(nodes * heads,)](
-        *(queries, base, path, *pieces, out, scales, scale),
-        *(nodes, scales.shape[1], scratch, len(pieces[0]), own_at),
-        **sizes,
+        *(queries, base, path, *made_of, out, scales, scale),
+        *(nodes, scales.shape[1], scratch, parts.pieces, parts.own_at),
+        HEADS=heads,
+        DIM=dim,
+        **walked(ancestors),
+        FINE=parts.fine,
         ROUNDED=fits,
         num_warps=WARPS,
         enable_fp_fusion=False,

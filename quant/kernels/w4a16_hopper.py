@@ -56,7 +56,7 @@ COPIERS = 128  # threads beside those that multiply; two of them copy
 # Registers of a thread by tokens: at the start, then of those that multiply, and of the others, who
 # give up theirs. What few tokens leave, other kernels' blocks may have beside this one.
 REGISTERS = {16: (112, 144, 40), 64: (168, 232, 40)}
-HALVES_REGISTERS = (96, 112, 32)  # whose four warpgroups share what there is
+HALVES_REGISTERS = {48: (96, 112, 32), 64: (88, 104, 24)}  # four warpgroups share what there is
 # Tokens up to which digits are faster than halves, and than floats (H200, LOG.md).
 DIGITS_MOST = {torch.float16: 24, torch.bfloat16: 32}
 BOOSTS = (-24, 15)  # powers of two in float16
@@ -135,9 +135,8 @@ class Variant(hopper.Variant):
     @property
     def registers(self) -> tuple[int, int, int]:
         """Of a thread at the start, of one that multiplies, and of another."""
-        if self.form == "halves":
-            return HALVES_REGISTERS
-        return next(held for most, held in REGISTERS.items() if self.tokens <= most)
+        by_tokens = HALVES_REGISTERS if self.form == "halves" else REGISTERS
+        return next(held for most, held in by_tokens.items() if self.tokens <= most)
 
     @property
     def settings(self) -> Mapping[str, object]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from methods.decode import Method, Output, generate
+from methods.drafter import State
 from methods.fused import attends
 from methods.graph import GRAPHS
 from methods.grow import TreeDrafter
@@ -172,6 +173,30 @@ def test_what_is_filled_up_ends_where_a_smaller_models_cache_does(family: Family
     method = filling_up(Method(parts.target, drafter, Greedy(), context=150))
     assert inner.kv.capacity < 2 * STEP
     assert decode(method, prompt_of(140), limit=8).token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("name", ["eagle2", "eagle3"])
+def test_a_prompts_pairs_are_read_once(
+    family: Family, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = RECIPES[name].method(make_parts(family))
+    state = method.prefill(prompt_of(60))
+    drafter = method.drafter
+    assert isinstance(drafter, TreeDrafter)
+    read = drafter._draft
+    fresh: list[int] = []
+
+    def watched(tokens: Tensor, features: Tensor) -> tuple[Tensor, ...]:
+        fresh.append(len(features))
+        return read(tokens, features)
+
+    def again(state: State, *, end: int) -> None:
+        raise AssertionError(f"pairs up to {end} are read again")
+
+    monkeypatch.setattr(drafter, "_draft", watched)
+    monkeypatch.setattr(drafter, "_read_pairs", again)
+    method.step(state)
+    assert fresh == [1]  # the newest, whose output the tree hangs from
 
 
 # On a GPU, over the lab family.
