@@ -116,7 +116,7 @@ def rope_attend(
 ) -> Tensor | BlockFloat:
     """`rope_write`, then `attend`; on Hopper one launch does both, where nothing else is asked for.
 
-    The positions of a node and its ancestors follow one another.
+    Arguments as theirs. The positions of a node and its ancestors follow one another.
     """
     assert qkv.is_contiguous()
     assert positions.is_contiguous()

@@ -247,7 +247,11 @@ def attend(
     nodes, heads, dim = queries.shape
     _, groups, capacity, _ = cache.shape
     rows, longest = nodes * heads // groups, longest_path(ancestors, scratch, nodes)
-    parts = cut(rows, groups, capacity, tile=ROWS.value, longest=longest, few=FEW)
+    few = FEW // triton.cdiv(capacity, SPLIT.value)
+    steps = triton.cdiv(capacity, STEP.value)  # all or none: FINE is known when it is compiled
+    parts = cut(
+        *(rows, groups, capacity), tile=ROWS.value, longest=longest, few=few, fine_steps=steps
+    )
     scalars = queries.new_empty(2, parts.pieces, nodes * heads, dtype=torch.float32)
     sums = queries.new_empty(parts.pieces, nodes * heads, dim, dtype=torch.float32)
     scale = LOG2_E / dim**0.5
@@ -260,7 +264,7 @@ def attend(
         GROUPS=groups,
         DIM=dim,
         **walked(ancestors),
-        FINE=parts.fine,
+        FINE=parts.fine_steps >= 0,
         PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
         STAGES=STAGES,
         num_warps=WARPS,

@@ -124,7 +124,7 @@ def _add(top, total, acc, splits, scale, DIM: tl.constexpr):
     return highest, total, acc
 
 
-@triton.jit(do_not_specialize=["nodes", "room", "scratch", "pieces", "own_at"])
+@triton.jit(do_not_specialize=["nodes", "room", "scratch", "pieces", "own_at", "fine_steps"])
 def _combine(
     queries,
     base_at,
@@ -140,38 +140,44 @@ def _combine(
     scratch,
     pieces,
     own_at,
+    fine_steps,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     DEPTH: tl.constexpr,
     PADDED: tl.constexpr,
-    FINE: tl.constexpr,
+    MIXED: tl.constexpr,
     ROUNDED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Merge the steps of one node and head, and add its splits, in order of position.
 
+    MIXED: whether pieces are fine up to `fine_steps` decided steps; else they never are.
     ROUNDED: to digits, with scales, a head being one block; else scales and room are not looked at.
     """
     admit(EARLY)
+    base = tl.load(base_at).to(tl.int32)  # how much is decided stands, see `early`
     await_earlier(EARLY)
     row = tl.program_id(0)
     rows, outs = nodes * HEADS, (tops, totals, sums)
-    base = tl.load(base_at).to(tl.int32)
     length = length_of(ancestors, row // HEADS, scratch, DEPTH, PADDED)
     decided = base // STEP
     count = (base + length - 1) // STEP + 1
     top = float("-inf")
     total = 0.0
     acc = tl.zeros([DIM], tl.float32)
-    if FINE:
-        # Outside of the loop, whose condition would hold the first loads back.
-        some = _fine_splits(outs, 0, rows, row, pieces, count, scale, DIM)
-        top, total, acc = _add(top, total, acc, some, scale, DIM)
-    for first in range(BATCH if FINE else 0, (count - 1) // STEPS + 1, BATCH):
-        if FINE:
-            some = _fine_splits(outs, first, rows, row, pieces, count, scale, DIM)
-        else:
-            some = _coarse_splits(outs, first, rows, row, own_at, decided, count, scale, DIM)
+    splits = (count - 1) // STEPS + 1
+    coarse_from = splits * 0
+    if MIXED:  # noqa: SIM102  compiled or not
+        if decided <= fine_steps:
+            # Outside of the loop, whose condition would hold the first loads back.
+            some = _fine_splits(outs, 0, rows, row, pieces, count, scale, DIM)
+            top, total, acc = _add(top, total, acc, some, scale, DIM)
+            for first in range(BATCH, splits, BATCH):
+                some = _fine_splits(outs, first, rows, row, pieces, count, scale, DIM)
+                top, total, acc = _add(top, total, acc, some, scale, DIM)
+            coarse_from = splits
+    for first in range(coarse_from, splits, BATCH):
+        some = _coarse_splits(outs, first, rows, row, own_at, decided, count, scale, DIM)
         top, total, acc = _add(top, total, acc, some, scale, DIM)
     if ROUNDED:
         mixed = (acc / total).to(queries.dtype.element_ty).to(tl.float32)
@@ -212,11 +218,11 @@ def combine(
         out = scales = made = queries.new_empty(nodes, heads * dim)
     _combine[(nodes * heads,)](
         *(queries, base, path, *made_of, out, scales, scale),
-        *(nodes, scales.shape[1], scratch, parts.pieces, parts.own_at),
+        *(nodes, scales.shape[1], scratch, parts.pieces, parts.own_at, parts.fine_steps),
         HEADS=heads,
         DIM=dim,
         **walked(ancestors),
-        FINE=parts.fine,
+        MIXED=parts.fine_steps >= 0,
         ROUNDED=fits,
         num_warps=WARPS,
         enable_fp_fusion=False,

@@ -1,9 +1,10 @@
 """How attention is cut into pieces, and where they lie.
 
 A piece is what one program of `methods.kernels.attention`, or one block of
-`methods.kernels.attention_hopper`, leaves of a node's keys for `methods.kernels.combine`.
-
-Letters: n new tokens, G key-value heads.
+`methods.kernels.attention_hopper`, leaves of a node's keys for `methods.kernels.combine`. A cut is
+fine where a piece of decided keys is one step, so that many programs share the wait for memory, and
+else coarse: a whole split's, so that pieces cost little traffic. Of own keys a piece is always one
+step. In a fine cut pieces lie by position; in a coarse one own steps lie behind all splits.
 """
 
 from dataclasses import dataclass
@@ -19,41 +20,39 @@ SPLIT = STEPS * STEP
 class Cut:
     """One launch.
 
-    tiles: of rows, of one group. fine: whether a piece of decided keys is one step, and else a
-    whole split. shared_programs: those of decided keys. hop: programs that share a node's own
-    steps. own_at: the first piece of own steps, where pieces are not fine. pieces: of a row.
+    tiles: of rows, of one group. fine_steps: the most decided steps for which it is fine, -1 where
+    it never is; the device knows how many there are. shared_programs: those of decided keys. hop:
+    programs that share a node's own steps. own_at: the first piece of own steps where it is coarse.
+    pieces: of a row.
     """
 
     tiles: int
-    fine: bool
+    fine_steps: int
     shared_programs: int
     hop: int
     own_at: int
     pieces: int
 
-    @property
-    def size(self) -> int:
-        """Keys of a piece of decided ones."""
-        return STEP if self.fine else SPLIT
 
-
-def cut(rows: int, groups: int, capacity: int, *, tile: int, longest: int, few: int) -> Cut:
+def cut(
+    rows: int, groups: int, capacity: int, *, tile: int, longest: int, few: int, fine_steps: int
+) -> Cut:
     """Cut a launch. rows: of one group, a node's heads each. tile: rows of a program.
 
-    longest: most scratch slots that a node may see. few: programs of whole splits up to which a
-    launch is fine.
+    longest: most scratch slots that a node may see. few: programs of one piece each, up to which a
+    launch of at most `fine_steps` decided steps is fine.
     """
     tiles, splits = -(-rows // tile), -(-capacity // SPLIT)
     own_steps = (STEP + longest - 2) // STEP + 1
-    fine = splits * tiles * groups <= few
-    shared = -(-capacity // STEP) if fine else splits
+    fine = min(fine_steps, -(-capacity // STEP)) if tiles * groups <= few else -1
+    shared = max(splits, fine)
     return Cut(
         tiles=tiles,
-        fine=fine,
+        fine_steps=fine,
         shared_programs=shared * tiles * groups,
-        hop=own_steps if fine else 1,
-        own_at=shared,
-        pieces=shared if fine else shared + own_steps,
+        hop=own_steps if fine >= 0 else 1,
+        own_at=splits,
+        pieces=shared + own_steps,
     )
 
 

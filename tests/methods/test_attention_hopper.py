@@ -79,6 +79,7 @@ def read(
     with pytest.MonkeyPatch.context() as patch:
         if few is not None:
             patch.setattr(attention_hopper, "FEW", few)
+            patch.setattr(attention_hopper, "FINE_STEPS", few)
         out = attention_hopper.rope_attend(
             *(text.qkv[rows].contiguous(), *text.table, positions, cache, base_of(base), scratch),
             ancestors=ancestors,
@@ -152,11 +153,9 @@ def test_a_node_is_bit_equal_alone_in_a_chain_and_in_a_tree(
                     assert torch.equal(one[-1], whole[node])
         for some in (2, 3, 8, 16, 32):  # of a tile that warps share, and of a warp's own
             chosen = (node + span(0, some)) % n
-            written = cache.clone()
-            end = context + n
             # All of the tree lies in scratch, and some of it is read behind it once more.
             again = read(
-                *(text, context + chosen, _wider(written, some), context, n),
+                *(text, context + chosen, _wider(cache, some), context, n),
                 positions=positions[chosen],
                 ancestors=_ending_here(paths[chosen], n),
             )
@@ -195,6 +194,34 @@ def test_long_contexts_are_bit_equal_however_much_is_decided(n: int, length: int
 
 
 @pytest.mark.parametrize("few", [FINE, COARSE])
+@pytest.mark.parametrize("base", [0, 63, 300])
+def test_a_long_chain_is_bit_equal_in_order_and_by_its_paths(base: int, few: int) -> None:
+    n = 150
+    text = draw(base + n, 8, 2, 128, torch.float16)
+    rows = span(base, base + n)
+    _, _, paths = fused.ancestry(span(0, n) - 1, n)
+    one, other = (
+        read(text, rows, text.cache(0), base, 0, positions=rows, ancestors=seen, few=few)
+        for seen in (None, paths)
+    )
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_launch_turns_coarse_on_the_device_without_a_change_of_bits(n: int) -> None:
+    steps = 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_hopper, "FINE_STEPS", steps)
+        for context in (64 * steps - 1, 64 * steps, 64 * steps + 63, 64 * steps + 64, 900):
+            text = draw(context + n, 8, 2, 128, torch.float16)
+            new, cache = span(context, context + n), text.cache(700)
+            out = read(text, new, cache, context, 0, positions=new)
+            for few in (FINE, COARSE):
+                same = read(text, new, cache, context, 0, positions=new, few=few)
+                assert torch.equal(same, out)
+
+
+@pytest.mark.parametrize("few", [FINE, COARSE])
 @pytest.mark.parametrize("n", [1, 3, 13])
 @pytest.mark.parametrize(("heads", "groups", "dim"), [(64, 8, 128), (8, 2, 64)])
 def test_digits_are_those_of_what_is_given_else(
@@ -206,6 +233,7 @@ def test_digits_are_those_of_what_is_given_else(
     inputs = (text.qkv[new].contiguous(), *text.table, new, text.cache(0), base_of(600 - n), 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_hopper, "FEW", few)
+        patch.setattr(attention_hopper, "FINE_STEPS", few)
         rows = attention_hopper.rope_attend(*inputs, ancestors=None, digits=False)
         made = attention_hopper.rope_attend(*inputs, ancestors=None, digits=True)
     assert isinstance(rows, Tensor)

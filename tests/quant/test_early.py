@@ -34,7 +34,7 @@ CONSTANTS = {"weight", "bias", "norm", "smooth", "scales", "words"}
 SIZES = {"k", "n_out", "chunks", "tiles", "nodes", "shared_programs"}
 SIZES |= {"stride_kind", "stride_group", "stride_slot"}
 # What is decided of a cache, and how much.
-DECIDED = {"attention._partials": {"cache", "base_at"}}
+DECIDED = {"attention._partials": {"cache", "base_at"}, "combine._combine": {"base_at"}}
 # Where codes are written with their scales, these are no constants.
 ROUNDING = ("norm._add_norm", "gate._silu_mul", "combine._combine")
 WRITTEN = {
