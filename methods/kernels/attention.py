@@ -246,11 +246,15 @@ def attend(
     """See `methods.fused.attend`."""
     nodes, heads, dim = queries.shape
     _, groups, capacity, _ = cache.shape
-    rows, longest = nodes * heads // groups, longest_path(ancestors, scratch, nodes)
-    few = FEW // triton.cdiv(capacity, SPLIT.value)
-    steps = triton.cdiv(capacity, STEP.value)  # all or none: FINE is known when it is compiled
+    tiles, splits = (
+        triton.cdiv(nodes * heads // groups, ROWS.value),
+        triton.cdiv(capacity, SPLIT.value),
+    )
+    fine = splits * tiles * groups <= FEW  # whatever is decided: it is known when this is compiled
     parts = cut(
-        *(rows, groups, capacity), tile=ROWS.value, longest=longest, few=few, fine_steps=steps
+        *(tiles, groups, capacity),
+        longest=longest_path(ancestors, scratch, nodes),
+        fine_steps=capacity if fine else -1,
     )
     scalars = queries.new_empty(2, parts.pieces, nodes * heads, dtype=torch.float32)
     sums = queries.new_empty(parts.pieces, nodes * heads, dim, dtype=torch.float32)
@@ -264,7 +268,7 @@ def attend(
         GROUPS=groups,
         DIM=dim,
         **walked(ancestors),
-        FINE=parts.fine_steps >= 0,
+        FINE=fine,
         PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
         STAGES=STAGES,
         num_warps=WARPS,

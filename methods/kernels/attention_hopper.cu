@@ -78,7 +78,7 @@ __device__ __forceinline__ void share(const Task& task, u32 keys, u32 values, u3
             if (more) copy_step(task, group, at + STEP, 0, keys);
             copies_close();
             meet<1>();
-            so_far.take<false>(weights, values, STEP, task.scale);
+            so_far.take<false>(weights, values, task.scale);
             __syncthreads();
             if (more) copy_step(task, group, at + STEP, 1, values);
             copies_close();
@@ -137,8 +137,7 @@ __device__ __forceinline__ void own(const Task& task, u32 keys, u32 values, u32 
         if (head < SHARED) query.fetch(task, query_of(task, node, group, head), newest, chunk);
         __syncthreads();  // all have read the step before
         put_path(task, node, group, base, from, stop, from - start, newest, length, keys, values);
-        const int read = (stop - start + 15) / 16 * 16;  // keys
-        for (int item = threadIdx.x; item < (start + read - stop) * CHUNKS; item += THREADS) {
+        for (int item = threadIdx.x; item < (start + STEP - stop) * CHUNKS; item += THREADS) {
             // Times a weight of 0, which not every number would survive.
             put(values + place(stop - start + item / CHUNKS, item % CHUNKS), uint4{0, 0, 0, 0});
         }
@@ -148,7 +147,7 @@ __device__ __forceinline__ void own(const Task& task, u32 keys, u32 values, u32 
         Weights weights;
         weights.score(queries, keys, task.scale, end - start, SHARED);
         Piece piece;
-        piece.take<true>(weights, values, read, task.scale);
+        piece.take<true>(weights, values, task.scale);
         const int at = (decided / STEP <= task.fine_steps ? decided / STEP : task.own_at) + step;
         piece.write(task, at, group, node * SHARED, (node + 1) * SHARED);
         // The node's own entry, which nobody reads in this launch, goes to its slot.

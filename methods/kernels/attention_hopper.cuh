@@ -186,12 +186,10 @@ struct Weights {
     }
 };
 
-// read: keys; weights of those behind them are 0.
-__device__ __forceinline__ void weigh(const Weights& weights, u32 values, int read, float (&own)[32]) {
+__device__ __forceinline__ void weigh(const Weights& weights, u32 values, float (&own)[32]) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int k = 0; k < STEP / 16; ++k) {
-        if (16 * k >= read) break;
         const u32(&a)[4] = weights.of[k];
         asm volatile(WEIGH
                      : SUMS(own)
@@ -216,7 +214,7 @@ struct Piece {
     // Take a later step as methods.kernels.combine.merge does, bit for bit, so nothing is changed by what was nothing.
     // 64 numbers of a head at once, so that registers suffice. ALONE: there is no other step.
     template <bool ALONE>
-    __device__ __forceinline__ void take(const Weights& step, u32 values, int read, float scale) {
+    __device__ __forceinline__ void take(const Weights& step, u32 values, float scale) {
         float kept[2], added[2];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -233,7 +231,7 @@ struct Piece {
 #pragma unroll
         for (int half = 0; half < DIM / 64; ++half) {
             float own[32];
-            weigh(step, values + half * COLUMNS, read, own);
+            weigh(step, values + half * COLUMNS, own);
 #pragma unroll
             for (int i = 0; i < 32; ++i) {
                 float& so_far = sum[32 * half + i];

@@ -8,8 +8,7 @@ What differs is what one launch does, and how.
   node's last step also writes its entry into the cache.
 - A step is two products of a warpgroup, of 64 rows by its 64 keys and by its values, whatever it
   is read for. A number of either depends on its row and column alone, so rows that nobody asked for
-  are left as they lie; and sums over a step's weights run in one order. Products of 16 keys that
-  nobody sees are left out: their weights are 0.
+  are left as they lie; and sums over a step's weights run in one order.
 
 Pieces are merged and added by `methods.kernels.combine`. The text is in FILES, compiled at its
 first use for a head's size, the number of heads and the dtype.
@@ -36,10 +35,10 @@ DIMS = (64, 128)
 ROWS, THREADS = 64, 128
 HELD = 32  # sums of a thread
 MOST_SHARED = 16  # query heads of a key-value head: a block's threads turn all at once
-# Tiles of all groups up to which a launch is fine, and for how many decided steps (H200: 24 nodes
-# of 64 heads after 512 take 10.9 us for 12.9 in a coarse one, 48 take 20.8 for 13.9; one node
-# after 4,096 takes 16.9 for 11.9).
-FEW, FINE_STEPS = 32, 16
+# Blocks of one step each up to which a launch is fine, if they are as many steps at least (H200: 24
+# nodes of 64 heads after 512 take 10.9 us for 12.9 in a coarse one, 48 take 20.8 for 13.9; one node
+# after 1,500 takes 6.7 for 8.4, and after 4,096 16.9 for 11.9).
+FEW, LEAST = 256, 8
 LOG2_E = 1.4426950408889634
 
 
@@ -90,9 +89,12 @@ def rope_attend(
     assert sin.is_contiguous()
     assert len(positions) == nodes
     assert ancestors is None or len(ancestors) == nodes
-    rows, longest = nodes * heads // groups, longest_path(ancestors, scratch, nodes)
+    tiles = -(-nodes * heads // groups // ROWS)
+    steps = FEW // (tiles * groups)
     parts = cut(
-        *(rows, groups, capacity), tile=ROWS, longest=longest, few=FEW, fine_steps=FINE_STEPS
+        *(tiles, groups, capacity),
+        longest=longest_path(ancestors, scratch, nodes),
+        fine_steps=steps if steps >= LEAST else -1,
     )
     scalars = qkv.new_empty(2, parts.pieces, nodes * heads, dtype=torch.float32)
     sums = qkv.new_empty(parts.pieces, nodes * heads, dim, dtype=torch.float32)

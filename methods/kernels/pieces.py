@@ -34,17 +34,10 @@ class Cut:
     pieces: int
 
 
-def cut(
-    rows: int, groups: int, capacity: int, *, tile: int, longest: int, few: int, fine_steps: int
-) -> Cut:
-    """Cut a launch. rows: of one group, a node's heads each. tile: rows of a program.
-
-    longest: most scratch slots that a node may see. few: programs of one piece each, up to which a
-    launch of at most `fine_steps` decided steps is fine.
-    """
-    tiles, splits = -(-rows // tile), -(-capacity // SPLIT)
-    own_steps = (STEP + longest - 2) // STEP + 1
-    fine = min(fine_steps, -(-capacity // STEP)) if tiles * groups <= few else -1
+def cut(tiles: int, groups: int, capacity: int, *, longest: int, fine_steps: int) -> Cut:
+    """Cut a launch. longest: most scratch slots that a node may see. The rest: as of a `Cut`."""
+    splits, own_steps = -(-capacity // SPLIT), (STEP + longest - 2) // STEP + 1
+    fine = min(fine_steps, -(-capacity // STEP))
     shared = max(splits, fine)
     return Cut(
         tiles=tiles,

@@ -79,7 +79,6 @@ def read(
     with pytest.MonkeyPatch.context() as patch:
         if few is not None:
             patch.setattr(attention_hopper, "FEW", few)
-            patch.setattr(attention_hopper, "FINE_STEPS", few)
         out = attention_hopper.rope_attend(
             *(text.qkv[rows].contiguous(), *text.table, positions, cache, base_of(base), scratch),
             ancestors=ancestors,
@@ -209,12 +208,12 @@ def test_a_long_chain_is_bit_equal_in_order_and_by_its_paths(base: int, few: int
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_launch_turns_coarse_on_the_device_without_a_change_of_bits(n: int) -> None:
-    steps = 3
+    steps = 8  # of a tile of 2 groups
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_hopper, "FINE_STEPS", steps)
-        for context in (64 * steps - 1, 64 * steps, 64 * steps + 63, 64 * steps + 64, 900):
+        patch.setattr(attention_hopper, "FEW", 2 * steps)
+        for context in (64 * steps - 1, 64 * steps, 64 * steps + 63, 64 * steps + 64, 1400):
             text = draw(context + n, 8, 2, 128, torch.float16)
-            new, cache = span(context, context + n), text.cache(700)
+            new, cache = span(context, context + n), text.cache(1500)
             out = read(text, new, cache, context, 0, positions=new)
             for few in (FINE, COARSE):
                 same = read(text, new, cache, context, 0, positions=new, few=few)
@@ -233,7 +232,6 @@ def test_digits_are_those_of_what_is_given_else(
     inputs = (text.qkv[new].contiguous(), *text.table, new, text.cache(0), base_of(600 - n), 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_hopper, "FEW", few)
-        patch.setattr(attention_hopper, "FINE_STEPS", few)
         rows = attention_hopper.rope_attend(*inputs, ancestors=None, digits=False)
         made = attention_hopper.rope_attend(*inputs, ancestors=None, digits=True)
     assert isinstance(rows, Tensor)
