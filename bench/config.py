@@ -104,8 +104,8 @@ class Costing:
         for name, least in (("repeats", 2), ("warmup", 0), ("catch_up", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be {least} or more, got {getattr(self, name)}")
-        if not 0 <= self.hold_s <= 60:
-            raise ValueError(f"hold_s must be 0 to 60, got {self.hold_s}")
+        if self.hold_s and not 0.5 <= self.hold_s <= 60:  # nan too: the counter moves each 0.1 s
+            raise ValueError(f"hold_s must be 0, or 0.5 to 60, got {self.hold_s}")
         if min(self.contexts) <= (walked := self.repeats * self.catch_up):
             raise ValueError(
                 f"contexts must be above repeats x catch_up = {walked}, got {min(self.contexts)}"

@@ -124,26 +124,25 @@ class _Bench:
                     seed=self.seed,
                     device=device,
                 )
+        owners = [owner for owner, _ in made]
         if counter is not None:
-            self._hold(counter, made, taken)
-        return [owner for owner, _ in made], taken
+            del made  # its caches: what is held makes its own
+            self._hold(counter, taken)
+        return owners, taken
 
-    def _hold(
-        self, counter: Counter, made: list[tuple[ArmJob, Case]], taken: dict[int, list[Cost]]
-    ) -> None:
-        """Add energy to what was taken. made: at the last context, and still there."""
-        cost, last = self.cost, self.cost.contexts[-1]
-        for length in reversed(cost.contexts):
-            cases = [case for _, case in (made if length == last else self.cases(length))]
-            self.child.announce(None, f"holding at context {length}")
-            with self.child.charged(self.child.job.arms, building=False):
-                taken[length] = with_energy(
-                    cases,
-                    taken[length],
-                    counter=counter,
-                    hold_s=cost.hold_s,
-                    device=self.loader.device,
-                )
+    def _hold(self, counter: Counter, taken: dict[int, list[Cost]]) -> None:
+        """Add energy to what was taken; a hold that fails is its arm's result."""
+        for length, costs in taken.items():
+            for place, (job, case) in enumerate(self.cases(length)):
+                self.child.announce(job, f"holding at context {length}")
+                with self.child.charged([job], building=False):
+                    costs[place] = with_energy(
+                        case,
+                        costs[place],
+                        counter=counter,
+                        hold_s=self.cost.hold_s,
+                        device=self.loader.device,
+                    )
 
     def cases(self, length: int) -> list[tuple[ArmJob, Case]]:
         """Prepare what is timed at one context; whatever fails is its arm's result."""

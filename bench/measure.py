@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from quant.block_float import BlockFloat
 from quant.scheme import QuantLinear
 
 STAGE = "case"
+# Of each method's first case, before there were graphs, whose replay calls no module.
+_COUNTS: "WeakKeyDictionary[Method, _Count]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,8 @@ def draft_case(method: Method, tokens: list[int], *, steps: int, stride: int) ->
     """The case of one proposal, walking along the end of a text as decoding would.
 
     Every run proposes `stride` tokens further on, for `steps` states before it starts over, since
-    what a smaller model's own method does depends on the text. n and forwards are rounded means.
+    what a smaller model's own method does depends on the text. n and forwards are rounded means;
+    forwards, weight_bytes and flops are those of the method's first case.
     """
     whole = method.prefill(tokens)
     states = []
@@ -108,8 +112,9 @@ def draft_case(method: Method, tokens: list[int], *, steps: int, stride: int) ->
     def run() -> Tree:
         return method.drafter.propose(next(walk))
 
-    with _counting() as count:  # before there are graphs, whose replay calls no module
+    with _counting() as counted:
         nodes = sum(len(run()) for _ in states)
+    count = _COUNTS.setdefault(method, counted)
     method.warm_up()
     method.prefill(tokens)  # what the states look at is as it was
     record = Cost(
@@ -149,21 +154,15 @@ def measure(
 
 
 def with_energy(
-    cases: Sequence[Case],
-    taken: Sequence[Cost],
-    *,
-    counter: Counter,
-    hold_s: float,
-    device: torch.device,
-) -> list[Cost]:
-    """Hold every case in turn; add what one run of it took to its record.
+    case: Case, taken: Cost, *, counter: Counter, hold_s: float, device: torch.device
+) -> Cost:
+    """Hold a case; add what one run of it took to its record.
 
     Not before everything is timed: it heats the device, and may cap its clock.
     """
-    return [
-        replace(cost, **asdict(hold(case.run, counter, seconds=hold_s, device=device)))
-        for case, cost in zip(cases, taken, strict=True)
-    ]
+    mine, timed = case.record, taken
+    assert (mine.what, mine.n, mine.context) == (timed.what, timed.n, timed.context)
+    return replace(taken, **asdict(hold(case.run, counter, seconds=hold_s, device=device)))
 
 
 def random_tree(n: int, vocab_size: int, *, seed: int, device: torch.device) -> Tree:

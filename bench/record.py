@@ -96,8 +96,8 @@ class Cost(Record):
 
     what: `verify` (the target reads a tree of n nodes) or `draft` (a drafter proposes a tree of
     n nodes with `forwards` forwards of its own model). energy_mj, held_ms: of one, repeated back to
-    back for a while after all were timed; sm_mhz, power_capped: at the end of that. None where
-    nothing was held.
+    back for a while after all were timed; sm_mhz, power_capped: meanwhile. None where nothing was
+    held.
     """
 
     what: str

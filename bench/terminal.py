@@ -104,8 +104,9 @@ def _milliseconds(row: CostRow) -> str:
 def _held_reads(rows: Sequence[CostRow], widths: Sequence[int]) -> list[str]:
     """Three lines per target: energy, time and power."""
     table = [["scheme", "", *map(str, widths)]]
-    for cell in dict.fromkeys(r.cell for r in rows):
-        own = {r.n: r for r in rows if r.cell == cell}
+    held = [r for r in rows if r.energy_mj is not None]
+    for cell in dict.fromkeys(r.cell for r in held):
+        own = {r.n: r for r in held if r.cell == cell}
         first = next(iter(own.values()))
         for unit in HELD:
             name = first.target if unit == HELD[0] else ""

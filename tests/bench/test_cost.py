@@ -75,7 +75,7 @@ def test_every_case_is_held_where_energy_is_asked_for(tmp_path: Path) -> None:
     jobs = []
     for arm in block.arms:
         arm.folder.mkdir(parents=True)
-        held = {**arm.config, "cost": {**arm.config["cost"], "hold_s": 0.05}}
+        held = {**arm.config, "cost": {**arm.config["cost"], "hold_s": 0.5}}
         jobs.append(ArmJob(folder=str(arm.folder), label=arm.cell.method, config=held))
     job = Job(name="b", arms=jobs, baseline="", argv=["x"], progress=False)
     counter = Paced(watts=300, period_s=0.01)
@@ -139,8 +139,9 @@ def test_cells_of_the_cost_door_are_named_by_it(planner: Planner) -> None:
         ("cost.contexts=[250]", "within the model's 256 positions together, got 259"),
         ("cost.repeats=1", "repeats must be 2 or more, got 1"),
         ("cost.repeats=many", "cost.repeats"),
-        ("cost.hold_s=-1", "cost: hold_s must be 0 to 60, got -1"),
-        ("cost.hold_s=nan", "hold_s must be 0 to 60, got nan"),
+        ("cost.hold_s=-1", "cost: hold_s must be 0, or 0.5 to 60, got -1"),
+        ("cost.hold_s=nan", "hold_s must be 0, or 0.5 to 60, got nan"),
+        ("cost.hold_s=0.1", "hold_s must be 0, or 0.5 to 60, got 0.1"),
         ("cost.hold_s=long", "cost.hold_s"),
         ("cost.hold_s=1", "^cost.hold_s needs device=cuda, .* got cpu; cost.hold_s=0 works$"),
     ],

@@ -273,3 +273,31 @@ def test_a_prompt_is_read_while_the_device_is_behind(parts: Parts) -> None:
         behind.record()
         method.prefill(prompt)
     assert not behind.query()
+
+
+@pytest.mark.parametrize("name", DRAFTING)
+def test_a_later_turns_length_is_captured_as_of_an_empty_cache(family: Family, name: str) -> None:
+    method = filling_up(RECIPES[name].method(make_parts(family, context=400)))
+    read: list[tuple[int, int]] = []
+
+    def watched(first: FirstChunk) -> None:
+        whole = first._read
+
+        def note(tokens: Tensor) -> tuple[Tensor, ...]:
+            read.append((first._kv.length, len(tokens)))
+            return whole(tokens)
+
+        first._graphed, first._read = True, note  # type: ignore[assignment]
+
+    chunks = list(first_chunks(method))
+    for first in chunks:
+        watched(first)
+    decode(method, prompt_of(60))
+    assert read == [(0, STEP)] * len(chunks)
+    read.clear()
+    method.expect([60, STEP + 30])
+    assert read == [(0, 2 * STEP), (0, STEP)] * len(chunks)
+    read.clear()
+    method.expect([60, STEP + 30])
+    decode(method, prompt_of(STEP + 30))
+    assert read == [(0, 2 * STEP)] * len(chunks)
