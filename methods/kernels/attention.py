@@ -15,9 +15,7 @@ an order that depends on positions alone:
   itself, and gathers the keys of its ancestors from the scratch slots.
 - A tile always has ROWS rows, so that one matrix instruction serves all; what pads it is dropped.
 
-What a program leaves behind is a piece. Of decided keys that is one step where the launch is small
-(`fine`), so that many programs share the wait for memory, and else all of a split that is decided,
-so that pieces cost little traffic. Of own keys it is always one step.
+What a program leaves behind is a piece, as `methods.kernels.pieces` cuts them.
 
 Letters: n new tokens, H query heads, G key-value heads, S slots, d head dimension.
 """
@@ -246,11 +244,9 @@ def attend(
     """See `methods.fused.attend`."""
     nodes, heads, dim = queries.shape
     _, groups, capacity, _ = cache.shape
-    tiles, splits = (
-        triton.cdiv(nodes * heads // groups, ROWS.value),
-        triton.cdiv(capacity, SPLIT.value),
-    )
-    fine = splits * tiles * groups <= FEW  # whatever is decided: it is known when this is compiled
+    tiles = triton.cdiv(nodes * heads // groups, ROWS.value)
+    # Whatever is decided: it is known when the kernel is compiled.
+    fine = triton.cdiv(capacity, SPLIT.value) * tiles * groups <= FEW
     parts = cut(
         *(tiles, groups, capacity),
         longest=longest_path(ancestors, scratch, nodes),
