@@ -176,3 +176,22 @@ def test_launches_are_early_on_nvidia_from_hopper_on(
     early._can.cache_clear()
     assert early.early(device) == expected
     early._can.cache_clear()
+
+
+def test_attention_on_hopper_lets_the_next_kernel_in_first_and_waits_in_either_part() -> None:
+    lines = (ROOT / "methods/kernels/attention_hopper.cu").read_text("ascii").splitlines()
+    places = {
+        name: next(i for i, line in enumerate(lines) if f" {name}(const" in line)
+        for name in ("share", "own", "attend")
+    }
+    assert sorted(places, key=lambda name: places[name]) == ["share", "own", "attend"]
+    body = lines[places["attend"] + 1 :]
+    assert [i for i, line in enumerate(body) if "launch_dependents" in line] == [1]
+    waits = [i for i, line in enumerate(lines) if "wait_for_earlier();" in line]
+    assert [lines[i] for i in waits] == 2 * ["    wait_for_earlier();"]  # in no branch
+    assert places["share"] < waits[0] < places["own"] < waits[1] < places["attend"]
+    for name, wait in zip(("share", "own"), waits, strict=True):
+        assert not any("return" in line for line in lines[places[name] : wait])
+        before = "\n".join(lines[places[name] : wait])
+        for field in ("qkv", "positions", "ancestors", "tops", "totals", "sums"):
+            assert f"task.{field}" not in before
