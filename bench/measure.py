@@ -160,8 +160,13 @@ def with_energy(
 
     Not before everything is timed: it heats the device, and may cap its clock.
     """
-    mine, timed = case.record, taken
-    assert (mine.what, mine.n, mine.context) == (timed.what, timed.n, timed.context)
+    of = case.record
+    assert (of.what, of.n, of.context, of.batch) == (
+        taken.what,
+        taken.n,
+        taken.context,
+        taken.batch,
+    )
     return replace(taken, **asdict(hold(case.run, counter, seconds=hold_s, device=device)))
 
 

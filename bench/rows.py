@@ -177,7 +177,7 @@ class CostRow:
     folder: str = ""
     energy_mj: float | None = None  # of one, repeated back to back
     held_ms: float | None = None  # likewise
-    sm_mhz: int | None = None  # at the end of that
+    sm_mhz: int | None = None  # meanwhile
     power_capped: bool | None = None
 
     @property

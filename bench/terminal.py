@@ -10,7 +10,7 @@ from bench.rows import CellRow, CostRow, QualityRow
 CELL_HEAD = ["scheme", "method", "tok/s", "speed-up", "tau", "same tokens", "status"]
 QUALITY_HEAD = ["scheme", "perplexity", "over dense", "KL nats", "same top-1", "status"]
 
-HELD = ("mJ held", "ms held", "W held")  # of one forward or proposal
+HELD = ("mJ", "ms", "W")  # of one forward or proposal
 
 ERRORS = ("weight_error", "output_error")  # of a layer; the latter by calibrated rounding only
 
@@ -70,7 +70,7 @@ def cost_table(rows: Sequence[CostRow]) -> str:
         table = [["scheme", "method", "n", "T_draft", "T_draft / T_1"]]
         table += [[r.target, r.arm, f"{r.n}", _milliseconds(r), _times(r)] for r in drafts]
         if any(r.energy_mj is not None for r in drafts):
-            held = [list(HELD), *([_held(r, unit) for unit in HELD] for r in drafts)]
+            held = [[f"{unit} held" for unit in HELD], *map(_held, drafts)]
             table = [line + more for line, more in zip(table, held, strict=True)]
         if drafts:
             lines.append(f"A proposal of n tokens after {context}:")
@@ -108,18 +108,17 @@ def _held_reads(rows: Sequence[CostRow], widths: Sequence[int]) -> list[str]:
     for cell in dict.fromkeys(r.cell for r in held):
         own = {r.n: r for r in held if r.cell == cell}
         first = next(iter(own.values()))
-        for unit in HELD:
-            name = first.target if unit == HELD[0] else ""
-            table.append([name, unit.split()[0], *(_held(own.get(n), unit) for n in widths)])
+        columns = [(first.target, "", ""), HELD, *(_held(own.get(n)) for n in widths)]
+        table += map(list, zip(*columns, strict=True))
     return _aligned(table, right=range(2, len(table[0])))
 
 
-def _held(row: CostRow | None, unit: str) -> str:
+def _held(row: CostRow | None) -> list[str]:
+    """Give energy, time and power, as HELD has them."""
     if row is None or row.energy_mj is None or row.held_ms is None:
-        return ""
+        return [""] * len(HELD)
     values = (row.energy_mj, row.held_ms, row.energy_mj / row.held_ms)
-    value = dict(zip(HELD, values, strict=True))[unit]
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+    return [f"{value:.0f}" if value >= 1000 else f"{value:.3g}" for value in values]
 
 
 def _times(row: CostRow | None) -> str:

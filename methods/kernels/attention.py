@@ -27,7 +27,7 @@ from torch import Tensor
 
 from methods.kernels import pieces
 from methods.kernels.combine import STEP, combine, length_of, merge, walked
-from methods.kernels.pieces import cut, longest_path
+from methods.kernels.pieces import cut, longest_path, room, scale_of
 from quant.block_float import BlockFloat
 from quant.kernels.early import admit, await_earlier, early
 
@@ -39,7 +39,6 @@ FEW = 32
 # Loads in flight and warps of a program.
 STAGES = 3
 WARPS = 4
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -252,13 +251,11 @@ def attend(
         longest=longest_path(ancestors, scratch, nodes),
         fine_steps=capacity if fine else -1,
     )
-    scalars = queries.new_empty(2, parts.pieces, nodes * heads, dtype=torch.float32)
-    sums = queries.new_empty(parts.pieces, nodes * heads, dim, dtype=torch.float32)
-    scale = LOG2_E / dim**0.5
+    outs, scale = room(queries, parts), scale_of(dim)
     path = queries if ancestors is None else ancestors  # not read where none is given
     _partials[(parts.shared_programs + parts.hop * nodes * groups,)](
-        *(queries, cache, base, path, *scalars, sums, scale),
-        *(nodes, scratch, parts.tiles, parts.shared_programs, parts.hop, parts.own_at),
+        *(queries, cache, base, path, *outs, scale),
+        *(nodes, scratch, tiles, parts.shared_programs, parts.hop, parts.own_at),
         *cache.stride()[:3],
         HEADS=heads,
         GROUPS=groups,
@@ -273,7 +270,7 @@ def attend(
     )
     return combine(
         queries,
-        (*scalars, sums),
+        outs,
         base,
         ancestors,
         scale=scale,

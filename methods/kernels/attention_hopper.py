@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from methods.kernels.combine import combine
-from methods.kernels.pieces import STEP, cut, longest_path
+from methods.kernels.pieces import STEP, cut, longest_path, room, scale_of
 from quant.block_float import BlockFloat
 from quant.kernels import cuda_build
 
@@ -39,7 +39,6 @@ MOST_SHARED = 16  # query heads of a key-value head: a block's threads turn all 
 # nodes of 64 heads after 512 take 10.9 us for 12.9 in a coarse one, 48 take 20.8 for 13.9; one node
 # after 1,500 takes 6.7 for 8.4, and after 4,096 16.9 for 11.9).
 FEW, LEAST = 256, 8
-LOG2_E = 1.4426950408889634
 
 
 class Task(ctypes.Structure):
@@ -96,15 +95,15 @@ def rope_attend(
         longest=longest_path(ancestors, scratch, nodes),
         fine_steps=steps if steps >= LEAST else -1,
     )
-    scalars = qkv.new_empty(2, parts.pieces, nodes * heads, dtype=torch.float32)
-    sums = qkv.new_empty(parts.pieces, nodes * heads, dim, dtype=torch.float32)
-    scale, depth = LOG2_E / dim**0.5, 0 if ancestors is None else ancestors.shape[1]
-    tensors = (qkv, cos, sin, positions, cache, base, ancestors, *scalars, sums)
+    queries = qkv.view(nodes, -1, dim)[:, :heads]
+    outs, scale = room(queries, parts), scale_of(dim)
+    depth = 0 if ancestors is None else ancestors.shape[1]
+    tensors = (qkv, cos, sin, positions, cache, base, ancestors, *outs)
     task = Task(
         *(0 if tensor is None else tensor.data_ptr() for tensor in tensors),
         *cache.stride()[:2],
         scale,
-        *(nodes, scratch, depth, parts.tiles, parts.shared_programs),
+        *(nodes, scratch, depth, tiles, parts.shared_programs),
         *(parts.hop, parts.own_at, parts.fine_steps),
     )
     _function(qkv.dtype, dim, groups, heads // groups, qkv.device).launch(
@@ -115,8 +114,8 @@ def rope_attend(
         overlapped=True,
     )
     return combine(
-        qkv.view(nodes, -1, dim)[:, :heads],
-        (*scalars, sums),
+        queries,
+        outs,
         base,
         ancestors,
         scale=scale,
