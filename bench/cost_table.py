@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bench import metrics
+from bench import cost_model
 from bench.record import Cost
 from bench.results import Campaign, CellResult
 from bench.rows import CostRow
@@ -65,7 +65,7 @@ def _cost_row(
         max_s=max(cost.repeat_s),
         count=len(cost.repeat_s),
         forwards=cost.forwards,
-        gb_per_s=metrics.bytes_per_second(cost) / 1e9,
+        gb_per_s=cost_model.bytes_per_second(cost) / 1e9,
         tokens_per_s_at_n=cost.n * cost.batch / median if cost.what == "verify" else None,
         energy_mj=cost.energy_mj,
         held_ms=cost.held_ms,

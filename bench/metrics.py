@@ -1,16 +1,17 @@
-"""Every formula of a report, once: records in, numbers out, None where nothing was measured.
+"""Every formula on generations, once: records in, numbers out, None where nothing was measured.
+
+Those on costs are in `bench/cost_model.py`.
 
 Sums come before ratios: a rate is the sum of its tokens over the sum of its seconds, never a mean
 of rates, so that records can be pooled before dividing.
 """
 
 import math
-import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.record import Cost, Generation
+from bench.record import Generation
 
 # The stages charged to a method: everything after the target has read the prompt. The drafter's
 # own reading of the prompt is in, because without the method nobody would have paid for it.
@@ -234,54 +235,9 @@ def num_scored(generations: Iterable[Generation]) -> int:
     return sum(g.correct is not None for g in generations)
 
 
-def predicted_speedup(
-    *, acceptance_length: float, draft_ratio: float, verify_ratio: float
-) -> float:
-    """What the cost model makes of measured parts: tau / (d T_d / T_1 + T_v(n) / T_1).
-
-    The inverse of arXiv 2505.22179's time per token. draft_ratio: all d forwards of one round.
-    """
-    return acceptance_length / (draft_ratio + verify_ratio)
-
-
-def verify_seconds(costs: Sequence[Cost], n: float, context: float) -> float | None:
-    """T_v(n) at batch 1 and the nearest measured context; a straight line between measured n."""
-    points = _curve(costs, "verify", context)
-    if n in points:
-        return points[int(n)]
-    below = max((m for m in points if m < n), default=None)
-    above = min((m for m in points if m > n), default=None)
-    if below is None or above is None:
-        return None  # a line beyond the last measurement would be a guess
-    share = (n - below) / (above - below)
-    return points[below] + share * (points[above] - points[below])
-
-
-def draft_seconds(costs: Sequence[Cost], n: float, context: float) -> float | None:
-    """Seconds of one whole proposal at batch 1, the nearest measured context and tree size."""
-    points = _curve(costs, "draft", context)
-    return points[min(points, key=lambda m: (abs(m - n), m))] if points else None
-
-
-def bytes_per_second(cost: Cost) -> float:
-    """Bytes of weights and cache that were read, over the median seconds."""
-    return (cost.weight_bytes + cost.kv_bytes) / statistics.median(cost.repeat_s)
-
-
 def ratio(above: float, below: float) -> float | None:
     """A quotient, None where there is nothing to divide by."""
     return above / below if below else None
-
-
-def _curve(costs: Iterable[Cost], what: str, context: float) -> Mapping[int, float]:
-    at: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for cost in costs:
-        if cost.what == what and cost.batch == 1 and cost.repeat_s:
-            at[cost.context][cost.n].extend(cost.repeat_s)
-    if not at:
-        return {}
-    nearest = min(at, key=lambda c: (abs(c - context), c))
-    return {n: statistics.median(repeats) for n, repeats in at[nearest].items()}
 
 
 def _conversations(

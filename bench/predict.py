@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bench import metrics
+from bench.cost_model import predicted_speedup, proposal, reading, timed_s
 from bench.record import Cost
 from bench.results import Campaign, CellResult
 from bench.rows import CellRow
@@ -16,12 +17,12 @@ def predicted(row: CellRow, result: CellResult, campaign: Campaign) -> CellRow:
     if row.acceptance_length is None or row.drafted_per_step is None or context is None:
         return row
     n = row.drafted_per_step + 1  # the root is read with the drafts
-    once = metrics.verify_seconds(verify, 1, context)
-    read = metrics.verify_seconds(verify, n, context)
-    proposed = metrics.draft_seconds(draft, n, context)
+    once = reading(verify, 1, context, timed_s)
+    read = reading(verify, n, context, timed_s)
+    proposed = proposal(draft, n, context, timed_s)
     if once is None or read is None or proposed is None:
         return replace(row, unpredicted=_missing(n, verify, draft))
-    speedup = metrics.predicted_speedup(
+    speedup = predicted_speedup(
         acceptance_length=row.acceptance_length,
         draft_ratio=proposed / once,
         verify_ratio=read / once,

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench import metrics
+from bench.cost_model import proposal, reading, timed_s
 from bench.record import VANILLA, Cost, Generation
 from bench.results import Campaign, CellResult, load
 
@@ -146,10 +147,10 @@ def _parts_ms(cell: CellResult, campaign: Campaign) -> float | None:
     context, drafted = metrics.mean_context(done), metrics.drafted_per_step(done)
     assert context is not None
     assert drafted is not None
-    read_s = metrics.verify_seconds(verify, drafted + 1, context)
+    read_s = reading(verify, drafted + 1, context, timed_s)
     drafts_s = 0.0
     if cell.cell.method != VANILLA:
-        proposed_s = metrics.draft_seconds(draft, drafted + 1, context)
+        proposed_s = proposal(draft, drafted + 1, context, timed_s)
         if proposed_s is None:
             return None
         drafts_s = proposed_s

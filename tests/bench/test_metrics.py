@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from bench import metrics
-from bench.record import Cost, Generation
+from bench.record import Generation
 from tests.bench.made_campaign import generation
 
 # Five steps that kept 1, 1, 3, 2 and 0 drafts; 12 tokens; 1 s of drafter's prefill and 5 s beyond.
@@ -12,20 +12,6 @@ CHAIN = [
     generation("b", [1, 2, 3, 4], 2.0, accepted=[3], draft_prefill_s=0.25),
     generation("c", [1, 9, 3, 4], 2.0, accepted=[2, 0], draft_prefill_s=0.25),
 ]
-
-
-def cost(what: str, n: int, seconds: float, *, context: int = 100, batch: int = 1) -> Cost:
-    return Cost(
-        what=what,
-        n=n,
-        context=context,
-        batch=batch,
-        forwards=2 if what == "draft" else 1,
-        repeat_s=[seconds, seconds * 2, seconds / 2],
-        weight_bytes=90,
-        kv_bytes=10,
-        flops=0,
-    )
 
 
 def test_rate_charges_the_drafters_prefill() -> None:
@@ -139,38 +125,6 @@ def test_equal_tokens_are_exact() -> None:
     agreed = metrics.agreement([(vanilla, vanilla)], 0.0)
     assert agreed is not None
     assert agreed.verdict == "exact"
-
-
-def test_cost_model_divides_tokens_by_the_cost_of_a_round() -> None:
-    speedup = metrics.predicted_speedup(acceptance_length=2.4, draft_ratio=0.6, verify_ratio=1.4)
-    assert speedup == pytest.approx(1.2)
-
-
-def test_verification_lies_on_a_line_between_measured_n() -> None:
-    costs = [cost("verify", 1, 1.0), cost("verify", 4, 1.6)]
-    assert metrics.verify_seconds(costs, 2, 100) == pytest.approx(1.2)
-
-
-def test_verification_beyond_the_last_measured_n_is_none() -> None:
-    assert metrics.verify_seconds([cost("verify", 1, 1.0)], 2, 100) is None
-
-
-def test_costs_come_from_the_nearest_context_at_batch_1() -> None:
-    costs = [
-        cost("verify", 1, 1.0, context=64),
-        cost("verify", 1, 2.0, context=512),
-        cost("verify", 1, 9.0, context=400, batch=8),
-    ]
-    assert metrics.verify_seconds(costs, 1, 400) == 2.0
-
-
-def test_draft_cost_comes_from_the_nearest_tree_size() -> None:
-    costs = [cost("draft", 4, 0.3), cost("draft", 16, 0.9)]
-    assert metrics.draft_seconds(costs, 5, 100) == 0.3
-
-
-def test_bytes_per_second_divides_what_was_read_by_the_median() -> None:
-    assert metrics.bytes_per_second(cost("draft", 4, 0.5)) == pytest.approx(200)
 
 
 def test_a_gap_measured_between_other_tokens_is_unknown() -> None:

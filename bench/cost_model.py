@@ -1,0 +1,65 @@
+"""The cost model: what the measured parts of a round say of decoding.
+
+A round is one proposal and one read of the tree that it gives, as `specquant cost` measures them.
+They are taken at batch 1 and the nearest context where they were measured; None where they were
+not, never a guess.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from bench.record import Cost
+
+Unit = Callable[[Cost], Sequence[float]]  # what was measured of a cost; empty where nothing was
+
+
+def timed_s(cost: Cost) -> list[float]:
+    """Seconds of every repeat, timed in bursts."""
+    return cost.repeat_s
+
+
+def reading(costs: Sequence[Cost], n: float, context: float, unit: Unit) -> float | None:
+    """What the target takes to read n tokens, T_v(n): a straight line between measured n."""
+    points = _curve(costs, "verify", context, unit)
+    if n in points:
+        return points[int(n)]
+    below = max((m for m in points if m < n), default=None)
+    above = min((m for m in points if m > n), default=None)
+    if below is None or above is None:
+        return None  # a line beyond the last measurement would be a guess
+    share = (n - below) / (above - below)
+    return points[below] + share * (points[above] - points[below])
+
+
+def proposal(costs: Sequence[Cost], n: float, context: float, unit: Unit) -> float | None:
+    """What one whole proposal takes, at the nearest measured tree size."""
+    points = _curve(costs, "draft", context, unit)
+    return points[min(points, key=lambda m: (abs(m - n), m))] if points else None
+
+
+def predicted_speedup(
+    *, acceptance_length: float, draft_ratio: float, verify_ratio: float
+) -> float:
+    """What the cost model makes of measured parts: tau / (d T_d / T_1 + T_v(n) / T_1).
+
+    The inverse of arXiv 2505.22179's time per token. draft_ratio: all d forwards of one round.
+    """
+    return acceptance_length / (draft_ratio + verify_ratio)
+
+
+def bytes_per_second(cost: Cost) -> float:
+    """Bytes of weights and cache that were read, over the median seconds."""
+    return (cost.weight_bytes + cost.kv_bytes) / statistics.median(cost.repeat_s)
+
+
+def _curve(costs: Iterable[Cost], what: str, context: float, unit: Unit) -> Mapping[int, float]:
+    """Medians by n, of what was measured in a unit: a cost without it is as if it were not."""
+    at: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for cost in costs:
+        if cost.what == what and cost.batch == 1 and unit(cost):
+            at[cost.context][cost.n].extend(unit(cost))
+    if not at:
+        return {}
+    nearest = min(at, key=lambda c: (abs(c - context), c))
+    return {n: statistics.median(values) for n, values in at[nearest].items()}
