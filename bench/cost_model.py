@@ -1,4 +1,4 @@
-"""The cost model: what the measured parts of a round say of decoding.
+"""The cost model: what the measured parts of a round say of decoding, in seconds or in joules.
 
 A round is one proposal and one read of the tree that it gives, as `specquant cost` measures them.
 They are taken at batch 1 and the nearest context where they were measured; None where they were
@@ -17,6 +17,11 @@ Unit = Callable[[Cost], Sequence[float]]  # what was measured of a cost; empty w
 def timed_s(cost: Cost) -> list[float]:
     """Seconds of every repeat, timed in bursts."""
     return cost.repeat_s
+
+
+def held_j(cost: Cost) -> list[float]:
+    """Joules of one run, repeated back to back: the whole card's, by the driver's counter."""
+    return [] if cost.energy_mj is None else [cost.energy_mj / 1e3]
 
 
 def reading(costs: Sequence[Cost], n: float, context: float, unit: Unit) -> float | None:
@@ -46,6 +51,16 @@ def predicted_speedup(
     The inverse of arXiv 2505.22179's time per token. draft_ratio: all d forwards of one round.
     """
     return acceptance_length / (draft_ratio + verify_ratio)
+
+
+def joules_per_token(*, acceptance_length: float, proposal_j: float, reading_j: float) -> float:
+    """What a token takes of a round's energy: (proposal + read of its tree) / tau.
+
+    That is the whole card's energy by the driver's counter, while one and the same thing is
+    repeated back to back. Not in it: the host, which no counter of the card sees; the commit, and
+    what the card draws while it waits between the parts of a step; the prompt, whoever reads it.
+    """
+    return (proposal_j + reading_j) / acceptance_length
 
 
 def bytes_per_second(cost: Cost) -> float:

@@ -71,6 +71,11 @@ class Section:
         return [r for r in self.rows if r.predicted_speedup and r.speedup_decode]
 
     @property
+    def held(self) -> bool:
+        """Whether any prediction stands beside what a token takes in joules."""
+        return any(r.joules_per_token is not None for r in self.predictions)
+
+    @property
     def compatibilities(self) -> list[CellRow]:
         """Cells on quantised weights whose dense counterpart was measured."""
         return [r for r in self.rows if r.compatibility is not None]

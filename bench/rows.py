@@ -91,6 +91,9 @@ class CellRow:
     acceptance_at: tuple[float, ...] = ()
     folder: str = ""  # of the target, where it is not the model's own
     unpredicted: str = ""  # why there is no predicted speed-up, where costs were measured
+    # The whole card's, from costs that were held; without the host, the commit and the prompt.
+    joules_per_token: float | None = None
+    energy_ratio: float | None = None  # plain decoding's joules over these: above 1 saves energy
 
     @property
     def synthetic(self) -> bool:

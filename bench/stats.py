@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import metrics
-from bench.predict import predicted
+from bench.predict import in_joules, predicted
 from bench.record import VANILLA, Generation
 from bench.results import Campaign, CellResult
 from bench.rows import CellRow, is_dense
@@ -154,7 +154,7 @@ def _cell_row(result: CellResult, campaign: Campaign, bootstrap: Bootstrap) -> C
         return row
     if not ok:
         return replace(row, reason="every prompt is too long" if row.num_too_long else "no records")
-    row = _measured(row, ok, bootstrap)
+    row = in_joules(_measured(row, ok, bootstrap), result, campaign)
     if c.method == VANILLA:
         return replace(
             row,

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bench.page import Group
+from bench.page import Group, number
 from bench.record import VANILLA
 from bench.rows import CellRow, CostRow, QualityRow
 
 CELL_HEAD = ["scheme", "method", "tok/s", "speed-up", "tau", "same tokens", "status"]
+JOULES_HEAD = ["J/token", "energy ratio"]
 QUALITY_HEAD = ["scheme", "perplexity", "over dense", "KL nats", "same top-1", "status"]
 
 HELD = ("mJ", "ms", "W")  # of one forward or proposal
@@ -16,15 +17,18 @@ ERRORS = ("weight_error", "output_error")  # of a layer; the latter by calibrate
 
 
 def cell_table(rows: Sequence[CellRow]) -> str:
-    """Give a heading per model and task, one line per cell; accuracy where there is any."""
+    """Give a heading per model and task, one line per cell; accuracy and joules where known."""
     lines = []
     for key in dict.fromkeys(r.group for r in rows):
         group = Group(rows=[r for r in rows if r.group == key])
         table = [CELL_HEAD, *(_cell(r) for r in group.rows)]
+        right = [2, 4]
         if any(r.accuracy is not None for r in group.rows):
-            column = ["correct", *(_correct(r) for r in group.rows)]
-            table = [[*line[:-1], said, line[-1]] for line, said in zip(table, column, strict=True)]
-        lines += [f"{group.title}: {group.facts}", *_aligned(table, right=(2, 4)), ""]
+            table = _with(table, [["correct"], *([_correct(r)] for r in group.rows)])
+        if any(r.joules_per_token is not None for r in group.rows):
+            right += [len(table[0]) - 1, len(table[0])]  # where the status stood
+            table = _with(table, [JOULES_HEAD, *(_joules(r) for r in group.rows)])
+        lines += [f"{group.title}: {group.facts}", *_aligned(table, right=right), ""]
     return "\n".join(lines)
 
 
@@ -135,6 +139,16 @@ def _aligned(table: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> li
         ]
         lines.append(("  " + "  ".join(cells)).rstrip())
     return lines
+
+
+def _with(table: Sequence[list[str]], columns: Sequence[list[str]]) -> list[list[str]]:
+    """Put further columns before the last, the status."""
+    return [[*line[:-1], *more, line[-1]] for line, more in zip(table, columns, strict=True)]
+
+
+def _joules(row: CellRow) -> list[str]:
+    ratio = "" if row.energy_ratio is None else f"{row.energy_ratio:.2f}"
+    return [number(row.joules_per_token), ratio]
 
 
 def _correct(row: CellRow) -> str:

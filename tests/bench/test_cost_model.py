@@ -1,7 +1,7 @@
 import pytest
 
 from bench import cost_model
-from bench.cost_model import timed_s
+from bench.cost_model import held_j, timed_s
 from bench.record import Cost
 
 
@@ -12,6 +12,7 @@ def cost(
     *,
     context: int = 100,
     batch: int = 1,
+    energy_mj: float | None = None,
 ) -> Cost:
     return Cost(
         what=what,
@@ -23,6 +24,7 @@ def cost(
         weight_bytes=90,
         kv_bytes=10,
         flops=0,
+        energy_mj=energy_mj,
     )
 
 
@@ -56,3 +58,47 @@ def test_draft_cost_comes_from_the_nearest_tree_size() -> None:
 
 def test_bytes_per_second_divides_what_was_read_by_the_median() -> None:
     assert cost_model.bytes_per_second(cost("draft", 4, 0.5)) == pytest.approx(200)
+
+
+def test_energy_lies_on_a_line_between_held_n_at_the_nearest_context() -> None:
+    costs = [
+        cost("verify", 1, context=64, energy_mj=1000),
+        cost("verify", 61, context=64, energy_mj=2000),
+        cost("verify", 1, context=512, energy_mj=6000),
+        cost("verify", 61, context=512, energy_mj=13500),
+        cost("verify", 49, context=500, batch=8, energy_mj=99000),
+    ]
+    assert cost_model.reading(costs, 49, 500, held_j) == pytest.approx(12.0)  # 6 + 0.8 * 7.5
+    assert cost_model.reading(costs, 16, 70, held_j) == pytest.approx(1.25)
+    assert cost_model.reading(costs, 1, 500, held_j) == 6.0
+    assert cost_model.reading(costs, 62, 500, held_j) is None
+
+
+def test_energy_passes_over_what_was_only_timed() -> None:
+    costs = [
+        cost("verify", 1, context=100),  # nearer, and never held
+        cost("verify", 5, context=100),
+        cost("verify", 1, context=300),
+        cost("verify", 5, context=300, energy_mj=4000),
+        cost("verify", 9, context=300),
+        cost("verify", 13, context=300, energy_mj=8000),
+    ]
+    found = [cost_model.reading(costs, n, 100, held_j) for n in (1, 4, 5, 9, 13, 14)]
+    assert found == [None, None, 4.0, 6.0, 8.0, None]
+    assert cost_model.reading(costs, 9, 300, timed_s) == 1.0
+
+
+def test_energy_of_a_proposal_comes_from_the_nearest_held_tree_size() -> None:
+    costs = [cost("draft", 5), cost("draft", 16, energy_mj=900), cost("draft", 60, energy_mj=1800)]
+    assert cost_model.proposal(costs, 5, 100, held_j) == 0.9
+    assert cost_model.proposal(costs[:1], 5, 100, held_j) is None
+
+
+def test_energy_of_one_read_that_was_held_twice_is_the_middle() -> None:
+    costs = [cost("verify", 1, energy_mj=5000), cost("verify", 1, energy_mj=6000)]
+    assert cost_model.reading(costs, 1, 100, held_j) == 5.5
+
+
+def test_a_token_takes_its_share_of_a_rounds_energy() -> None:
+    token_j = cost_model.joules_per_token(acceptance_length=4.1, proposal_j=1.12, reading_j=12.0)
+    assert token_j == pytest.approx(3.2)
