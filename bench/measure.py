@@ -18,6 +18,7 @@ from bench.energy import Counter, hold
 from bench.record import Cost
 from bench.timer import Timer
 from methods.decode import Method
+from methods.drafter import State
 from methods.fused import attends
 from methods.graph import GRAPHS, Captured
 from methods.grow import Head
@@ -94,41 +95,59 @@ def _verify_case(target: Transformer, kv: KVCache, tree: Tree, batch: int) -> Ca
 
 
 def draft_case(method: Method, tokens: list[int], *, steps: int, stride: int) -> Case:
-    """The case of one proposal, walking along the end of a text as decoding would.
+    """The case of one proposal, walking along a text as decoding does.
 
-    Every run proposes `stride` tokens further on, for `steps` states before it starts over, since
-    what a smaller model's own method does depends on the text. n and forwards are rounded means;
-    forwards, weight_bytes and flops are those of the method's first case.
+    The method decodes from `stride * (steps - 1)` tokens before the text's end, for `steps` steps
+    or until it is as long as the text; every run proposes where the next step did, then over again:
+    what a smaller model's own method does depends on the text, and what it must read on whether it
+    drafted that itself. n and forwards are rounded means; forwards, weight_bytes and flops are
+    those of the method's first case.
     """
-    whole = method.prefill(tokens)
-    states = []
-    for behind in range(stride * (steps - 1), -1, -stride):
-        decided = tokens[: len(tokens) - behind]
-        read = whole.features[: len(decided) - 1]
-        kept = len(decided) - stride
-        states.append(replace(whole, tokens=decided, features=read, kept=kept))
+    begin, end = tokens[: len(tokens) - stride * (steps - 1)], len(tokens)
+    if method not in _COUNTS:
+        _COUNTS[method] = _counted(method, begin, steps=steps, end=end)
+    count = _COUNTS[method]
+    method.warm_up()
+    states = _walked(method, begin, steps=steps, end=end)
     walk = cycle(states)
 
     def run() -> Tree:
         return method.drafter.propose(next(walk))
 
-    with _counting() as counted:
-        nodes = sum(len(run()) for _ in states)
-    count = _COUNTS.setdefault(method, counted)
-    method.warm_up()
-    method.prefill(tokens)  # what the states look at is as it was
+    nodes = sum(len(run()) for _ in states)
     record = Cost(
         what="draft",
-        n=round(nodes / steps),
+        n=round(nodes / len(states)),
         context=len(tokens),
         batch=1,
-        forwards=round(count.forwards / steps),
+        forwards=round(count.forwards / count.proposals),
         repeat_s=[],
-        weight_bytes=round(count.weight_bytes / steps),
+        weight_bytes=round(count.weight_bytes / count.proposals),
         kv_bytes=0,
-        flops=round(count.flops / steps),
+        flops=round(count.flops / count.proposals),
     )
     return Case(record=record, run=run)
+
+
+def _walked(method: Method, begin: list[int], *, steps: int, end: int) -> list[State]:
+    """Decode, and give the state ahead of every step; then all is as it was ahead of the first."""
+    state = method.prefill(begin)
+    states: list[State] = []
+    while len(states) < steps and len(state.tokens) <= end:
+        states.append(state)
+        state = method.step(state)
+    method.prefill(begin)
+    return states
+
+
+def _counted(method: Method, begin: list[int], *, steps: int, end: int) -> "_Count":
+    """Count what proposals do, before graphs are captured: those call no module."""
+    states = _walked(method, begin, steps=steps, end=end)
+    with _counting() as count:
+        for state in states:
+            method.drafter.propose(state)
+    count.proposals = len(states)
+    return count
 
 
 def measure(
@@ -184,6 +203,7 @@ def random_tree(n: int, vocab_size: int, *, seed: int, device: torch.device) -> 
 class _Count:
     """What the models of a drafter did. flops: of linear layers; attention is left out."""
 
+    proposals: int = 0
     forwards: int = 0
     weight_bytes: int = 0
     flops: int = 0

@@ -5,7 +5,8 @@
     start.csv    from the command to the first timed token, by stage
 
 A column is a key of the rows below. `copy_tb_per_s` was measured in the process of its own row.
-`lost_share` is what of a round's wall time is no draft, verify or commit: of the worst prompt.
+`speedup_at_profile` is what the replayed profile's own tau would give at this run's time per step:
+drawn lengths differ from it by chance. `lost_share` is what of a round's wall time is no draft, verify or commit: of the worst prompt.
 `energy_mj` and `held_ms` are of one forward that was repeated back to back for `cost.hold_s`; so
 their ratio is its power in watts, and `sm_mhz` and `power_capped` are how the device was meanwhile.
 `parts_ms` is what a round should take by parts that were timed apart, by `specquant cost`: a
@@ -13,6 +14,7 @@ proposal, a read of as many tokens, and the commit; `parts_apart` is how far tha
 """
 
 import csv
+import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -116,6 +118,7 @@ def _round(cell: CellResult, campaign: Campaign) -> Row:
         "tau": _told(metrics.acceptance_length(done), 3),
         "tokens_per_s": f"{rate:.2f}",
         "speedup": _told(base and rate / base, 3),
+        "speedup_at_profile": _told(base and _at_profile(cell, rate / base), 3),
         **{f"{s}_ms": f"{1e3 * metrics.seconds(done, [s]) / steps:.4f}" for s in STAGES},
         "wall_ms": f"{wall_ms:.4f}",
         "lost_share": _told(max(_lost_share(g) for g in done), 4),
@@ -127,6 +130,14 @@ def _round(cell: CellResult, campaign: Campaign) -> Row:
         "copy_tb_per_s": _told(cell.context.get("copy_tb_per_s"), 3),
         "device": cell.device_name,
     }
+
+
+def _at_profile(cell: CellResult, speedup: float) -> float | None:
+    """Scale a speed-up to the tau that its cell's acceptance names; None where it names none."""
+    named = re.search(r"\(tau=([0-9.]+)\)$", cell.cell.acceptance)
+    drawn = metrics.acceptance_length(metrics.finished(cell.generations))
+    drafts = cell.cell.method != VANILLA
+    return speedup * float(named[1]) / drawn if drafts and named and drawn else None
 
 
 def _wall_s(generation: Generation) -> float:

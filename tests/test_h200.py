@@ -143,6 +143,24 @@ def test_a_round_is_held_against_its_parts(out: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("acceptance", "at_profile"), [("replay:x(tau=4.5)", 1.5), ("replay:x", None)]
+)
+def test_a_speed_up_is_told_at_the_profiles_own_tau(
+    tmp_path: Path, acceptance: str, at_profile: float | None
+) -> None:
+    rounds = [answer(steps=8, draft_s=0.003, verify_s=0.020, host_s=0.0)]
+    replayed = replace(TARGET, acceptance=acceptance)
+    eagle = replace(replayed, method="eagle2", draft_scheme="w4a16-g128")
+    write_cell(tmp_path / "records" / "eagle", eagle, rounds)
+    write_cell(tmp_path / "records" / "plain", replayed, rounds)
+    write_tables(tmp_path)
+    row, plain = sorted(rows(tmp_path / "rounds.csv"), key=lambda row: row["method"])
+    assert (row["tau"], row["speedup"]) == ("3.000", "1.000")
+    assert row["speedup_at_profile"] == ("" if at_profile is None else f"{at_profile:.3f}")
+    assert plain["speedup_at_profile"] == ""
+
+
 def test_parts_that_do_not_add_up_are_told(out: Path) -> None:
     (out / "records" / "proposal" / "records.jsonl").unlink()
     write_cell(

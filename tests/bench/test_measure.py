@@ -1,12 +1,19 @@
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor
 
 from bench.measure import _counting, draft_case, measure, random_tree, verify_cases
+from methods.decode import Method
+from methods.drafter import Mark, State, unmarked
 from methods.eagle2 import Eagle2
 from methods.hierarchical import Hierarchical
 from methods.recipe import Family, Parts
+from methods.replay import Constant, Measured
+from methods.tree import Tree
 from methods.vanilla import Vanilla
+from methods.verify import Greedy
 from quant.block_float import BlockFloat, round_blocks
 from quant.scheme import QuantLinear
 from tests.family import VOCAB
@@ -79,14 +86,83 @@ def test_a_proposal_counts_the_forwards_of_its_own_models(
     assert case.record.weight_bytes > 0
 
 
-def test_proposals_walk_along_the_text_and_start_over(parts: Parts) -> None:
-    method = Eagle2(depth=4, top_k=3, nodes=12).method(parts)
-    case = draft_case(method, TOKENS[:60], steps=3, stride=4)
-    trees = [case.run() for _ in range(6)]
-    roots = [int(t.tokens[0]) for t in trees]  # type: ignore[attr-defined]
-    assert roots == [TOKENS[51], TOKENS[55], TOKENS[59]] * 2
-    for first, again in zip(trees[:3], trees[3:], strict=True):
-        assert torch.equal(first.tokens, again.tokens)  # type: ignore[attr-defined]
+RECIPES = [
+    pytest.param(Eagle2(depth=4, top_k=3, nodes=12), id="eagle2"),
+    pytest.param(Hierarchical(min_draft=3, inner=Vanilla()), id="chain"),
+    pytest.param(
+        Hierarchical(min_draft=3, inner=Eagle2(depth=2, top_k=2, nodes=5)), id="hierarchical"
+    ),
+]
+
+
+def accepting(family: Family) -> Parts:
+    """Models whose drafts are accepted: tokens of theirs agree never."""
+    profile = Constant(name="most", source="assumed", tau=3.5, small=Measured())
+    return make_parts(family, rule=profile.rule(Greedy()))
+
+
+def stepped(method: Method, prompt: list[int], *, steps: int) -> list[Tree]:
+    """What each step of plain decoding by a method reads."""
+    trees: list[Tree] = []
+    propose = method.drafter.propose
+
+    def noted(state: State, mark: Mark = unmarked) -> Tree:
+        trees.append(propose(state, mark))
+        return trees[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method.drafter, "propose", noted)
+        state = method.prefill(prompt)
+        for _ in range(steps):
+            state = method.step(state)
+    return trees
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_proposals_are_those_of_decoding_and_start_over(
+    parts: Parts, recipe: Eagle2 | Hierarchical
+) -> None:
+    asked = stepped(recipe.method(parts), TOKENS[:52], steps=3)
+    case = draft_case(recipe.method(parts), TOKENS[:92], steps=3, stride=20)
+    trees = [cast(Tree, case.run()) for _ in range(6)]
+    for tree, other in zip(trees, [*asked, *asked], strict=True):
+        assert torch.equal(tree.tokens, other.tokens)
+        assert torch.equal(tree.parents, other.parents)
+
+
+@pytest.mark.parametrize("recipe", RECIPES[1:])
+def test_a_smaller_model_has_read_what_it_drafted(family: Family, recipe: Hierarchical) -> None:
+    method = recipe.method(accepting(family))
+    case = draft_case(method, TOKENS[:92], steps=3, stride=20)
+    inner = method.drafter.method  # type: ignore[attr-defined]
+    resume, unread = inner.resume, []
+
+    def noted(tokens: list[int], *, seed: int = 0, same: int = 0) -> State:
+        state: State = resume(tokens, seed=seed, same=same)
+        unread.append(len(tokens) - 1 - inner.kv.length)
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inner, "resume", noted)
+        for _ in range(7):
+            case.run()
+    assert len(unread) == 7
+    assert max(unread) <= 1  # after a whole draft was accepted, its last token
+
+
+def test_a_walk_ends_where_its_text_does(family: Family) -> None:
+    replaying = accepting(family)
+    recipe = Hierarchical(min_draft=3, inner=Vanilla())
+    method = recipe.method(replaying)
+    state, steps = method.prefill(TOKENS[:52]), 0
+    while len(state.tokens) <= 60:
+        state = method.step(state)
+        steps += 1
+    assert 1 < steps < 9
+    walked = stepped(recipe.method(replaying), TOKENS[:52], steps=steps)
+    case = draft_case(recipe.method(replaying), TOKENS[:60], steps=9, stride=1)
+    for tree in [*walked, *walked]:
+        assert torch.equal(cast(Tree, case.run()).tokens, tree.tokens)
 
 
 def test_a_random_tree_is_a_tree_of_that_many_nodes() -> None:
