@@ -6,7 +6,8 @@
 
 A column is a key of the rows below. `copy_tb_per_s` was measured in the process of its own row.
 `speedup_at_profile` is what the replayed profile's own tau would give at this run's time per step:
-drawn lengths differ from it by chance. `lost_share` is what of a round's wall time is no draft, verify or commit: of the worst prompt.
+drawn lengths differ from it by chance. `lost_share` is what of a round's wall time is no draft,
+verify or commit: of the worst prompt.
 `energy_mj` and `held_ms` are of one forward that was repeated back to back for `cost.hold_s`; so
 their ratio is its power in watts, and `sm_mhz` and `power_capped` are how the device was meanwhile.
 `parts_ms` is what a round should take by parts that were timed apart, by `specquant cost`: a
