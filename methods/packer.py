@@ -85,10 +85,10 @@ class Packer:
         stored = [self._stored(module, biased=biased) for module in modules]
         if rows is not None:
             stored = [(layout, pick(tensors, rows)) for layout, tensors in stored]
+        kept = any(layout is not None for layout, _ in stored)
         try:
             layer = self._made(stored, label)
         except ValueError as error:
-            kept = any(layout is not None for layout, _ in stored)
             place = ", ".join(modules) if kept else f"{label} in {self.scheme.label}"
             raise ValueError(f"{place}: {error}") from error
         made = (self.scheme.label, layer.out_features, layer.in_features)
@@ -97,15 +97,19 @@ class Packer:
         return layer
 
     def _made(
-        self, stored: Sequence[tuple[Layout | None, dict[str, Tensor]]], label: str
+        self, stored: list[tuple[Layout | None, dict[str, Tensor]]], label: str
     ) -> QuantLinear:
+        """Empties `stored` as it goes: of a large layer there is no room for every form of it."""
         if any(layout is not None for layout, _ in stored):
             self.mark("weights")
             return self._taken(stored)
         parts = [tensors["weight"] for _, tensors in stored]
+        stored.clear()
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts.clear()
         self.mark("weights")
         packed = self._packed(whole, label)
+        del whole
         self.mark("rounding")
         return self._fitted(self.scheme, packed)
 

@@ -52,6 +52,7 @@ from quant.pack import pack_nibbles, unpack_nibbles
 
 ROWS, CHUNK = 256, BLOCK  # of a block, of a stage
 PAIR = 2 * ROWS  # outputs of a cluster of two
+AT_ONCE = 32 * PAIR  # rows put in order at once: half a dozen forms of them lie side by side
 COPIERS = 128  # threads beside those that multiply; two of them copy
 # Registers of a thread by tokens: at the start, then of those that multiply, and of the others, who
 # give up theirs. What few tokens leave, other kernels' blocks may have beside this one.
@@ -172,28 +173,40 @@ def prepare(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> Prepared:
     needed, got = unfit(n, k, group)
     if needed:
         raise ValueError(f"a weight must have {needed}, got {got}")
-    codes = unpack_nibbles(packed)
-    boosts = _boosts(codes, scales, zeros)
-    codes = torch.nn.functional.pad(
-        codes, (0, -k % CHUNK, 0, -n % PAIR), value=MIDDLE
-    )  # with zeros stored, scales of 0 make them nothing
-    rows, columns = codes.shape
-    if zeros is None:
-        codes = codes ^ MIDDLE  # its four bits are the code less 8
-    # [block, tile, warp, high, g, chunk, half, step, input high, c, input low]
-    parts = codes.view(rows // ROWS, 4, 4, 2, 8, columns // CHUNK, 2, 4, 2, 4, 2)
-    # -> [block, chunk, tile, half, warp, g, c, step, input low, input high, high]
-    parts = parts.permute(0, 5, 1, 6, 2, 4, 9, 7, 10, 8, 3).contiguous()
-    words = pack_nibbles(parts.view(-1, 8)).view(torch.int32)
-    shape = (rows // ROWS, columns // CHUNK, 4, 2, CHUNK, 4)
+    shape = (-(-n // PAIR) * PAIR // ROWS, -(-k // CHUNK), 4, 2, CHUNK, 4)
+    words = torch.empty(shape, dtype=torch.int32, device=packed.device)
+    boosts = torch.empty(n, dtype=torch.float16, device=packed.device)
+    for start in range(0, n, AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        codes = unpack_nibbles(packed[part])
+        own_zeros = None if zeros is None else zeros[part]
+        boosts[part] = _boosts(codes, scales[part], own_zeros)
+        made = _words(codes, signed=zeros is None)
+        words[start // ROWS : start // ROWS + len(made)] = made
     return Prepared(
-        words=words.view(shape),
+        words=words,
         scales=_steps(scales, group, k),
         zeros=None if zeros is None else _steps(zeros, group, k),
         boosts=_steps(boosts.unsqueeze(1), k, k).view(-1, ROWS),
         shape=(n, k),
         group=group,
     )
+
+
+def _words(codes: Tensor, *, signed: bool) -> Tensor:
+    """Fill codes up to whole tiles and put them in order. [N, K] -> [N / 256, K / 128, ...]."""
+    padding = (0, -codes.shape[1] % CHUNK, 0, -codes.shape[0] % PAIR)
+    # With zeros stored, scales of 0 make them nothing.
+    codes = torch.nn.functional.pad(codes, padding, value=MIDDLE)
+    rows, columns = codes.shape
+    if signed:
+        codes = codes ^ MIDDLE  # its four bits are the code less 8
+    # [block, tile, warp, high, g, chunk, half, step, input high, c, input low]
+    parts = codes.view(rows // ROWS, 4, 4, 2, 8, columns // CHUNK, 2, 4, 2, 4, 2)
+    # -> [block, chunk, tile, half, warp, g, c, step, input low, input high, high]
+    parts = parts.permute(0, 5, 1, 6, 2, 4, 9, 7, 10, 8, 3).contiguous()
+    words = pack_nibbles(parts.view(-1, 8)).view(torch.int32)
+    return words.view(rows // ROWS, columns // CHUNK, 4, 2, CHUNK, 4)
 
 
 def restore(weight: Prepared) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -67,6 +67,19 @@ def test_prepared_weights_come_back_bit_for_bit(n: int, k: int, group: int, zero
         assert (old is None and new is None) or torch.equal(old, new)
 
 
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_weight_put_in_order_in_pieces_is_the_same(
+    zeros: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = stored(1800, 192, 64, zeros=zeros)  # three whole pieces, and a part of one
+    whole = kernel.prepare(*weight)
+    monkeypatch.setattr(kernel, "AT_ONCE", 512)
+    pieces = kernel.prepare(*weight)
+    assert len(whole.words) == 8
+    for name in ("words", "scales", "boosts"):
+        assert torch.equal(getattr(pieces, name), getattr(whole, name))
+
+
 def test_words_hold_the_fragments_of_the_tensor_cores() -> None:
     codes = torch.randint(0, 16, (512, 256), generator=torch.Generator().manual_seed(0))
     weight = kernel.prepare(pack_nibbles(codes.to(torch.int8)), torch.ones(512, 2).half(), None)
