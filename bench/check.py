@@ -79,6 +79,9 @@ def check_cost(config: Config, positions: int) -> None:
     """Check that what the cost door times fits the model, and that energy can be had if asked."""
     assert config.cost is not None
     check_contexts(config.cost, positions)
+    longest, context = max(config.cost.contexts), config.settings.context
+    if context is not None and longest > context:
+        raise ValueError(f"cost.contexts must be within context={context}, got {longest}")
     if config.cost.hold_s:
         energy.check(config.settings.device)
 

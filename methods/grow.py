@@ -113,7 +113,8 @@ class TreeDrafter(Drafter):
         self.nodes = nodes
         self.device = parts.target.device
         self.kv = head.cache(parts.context + 2 * nodes + depth * top_k)
-        self._most_fresh = depth + 2  # pairs that steps leave unread: a whole path and its bonus
+        # Pairs that steps leave unread: a whole path and its bonus, and one below another model.
+        self._most_fresh = depth + 3
         self._entering = self.kv.data.new_zeros(
             min(PREFILL_CHUNK, self.kv.capacity),
             len(head.taps) * parts.target.shape.hidden_size,

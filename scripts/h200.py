@@ -19,8 +19,8 @@ from scripts.h200_tables import write_tables
 
 TABLES = "tables"
 COST = [
-    *("cost", "cost.widths=[1,4,8,16,24,32,48,60,64]", "cost.contexts=[512]", "context=1024"),
-    "cost.hold_s=1",
+    *("cost", "cost.widths=[1,4,8,16,24,32,48,60,64]", "context=1024"),
+    *("cost.contexts=[512,768]", "cost.hold_s=1"),  # the latter is the mean one of the rounds below
 ]
 # Prompts of 512 tokens, answers as long as the paper's of HumanEval (arXiv 2505.22179): of short
 # ones the prompt's drafting and a last step that is cut off are a larger share.

@@ -42,6 +42,18 @@ def test_rounds_of_every_target_scheme_are_there() -> None:
     assert "quant=fp8" in cases()["8b.fp8"]
 
 
+@pytest.mark.parametrize("name", [name for name in cases() if name.endswith(".parts")])
+def test_parts_are_timed_at_the_mean_context_of_their_rounds(name: str) -> None:
+    rounds, parts, reads = (
+        composed(*cases()[case], "task=random")
+        for case in (name.removesuffix(".parts"), name, ".".join(name.split(".")[:2]))
+    )
+    prompt, answer = rounds.task.draw_lengths[0], rounds.task.max_new_tokens
+    assert prompt + answer <= rounds.context
+    for timed in (parts, reads):
+        assert prompt + answer // 2 in timed.cost.contexts
+
+
 def test_exact_forwards_are_beside_those_as_they_come() -> None:
     for name in ("8b.w4a16", "8b.w8a8", "70b.w4a16", "70b.w8a8"):
         assert cases()[f"{name}.exact"] == [*cases()[name], "exact=true"]

@@ -137,6 +137,7 @@ def test_cells_of_the_cost_door_are_named_by_it(planner: Planner) -> None:
         ("cost.widths=[4,4]", "widths must be distinct"),
         ("cost.contexts=[12]", "contexts must be above repeats x catch_up = 12, got 12"),
         ("cost.contexts=[250]", "within the model's 256 positions together, got 259"),
+        ("context=39", "cost.contexts must be within context=39, got 40"),
         ("cost.repeats=1", "repeats must be 2 or more, got 1"),
         ("cost.repeats=many", "cost.repeats"),
         ("cost.hold_s=-1", "cost: hold_s must be 0, or 0.5 to 60, got -1"),

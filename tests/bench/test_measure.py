@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -148,6 +149,19 @@ def test_a_smaller_model_has_read_what_it_drafted(family: Family, recipe: Hierar
             case.run()
     assert len(unread) == 7
     assert max(unread) <= 1  # after a whole draft was accepted, its last token
+
+
+def test_forwards_are_those_of_the_proposals_that_are_timed(family: Family) -> None:
+    whole = Constant(name="whole", source="assumed", tau=200, small=Measured())
+    profile = replace(whole, small=whole)  # a whole draft stands, of whole paths
+    recipe = Hierarchical(min_draft=3, inner=Eagle2(depth=2, top_k=2, nodes=5))
+    method = recipe.method(make_parts(family, rule=profile.rule(Greedy())))
+    case = draft_case(method, TOKENS[:100], steps=6, stride=9)
+    with _counting() as count:
+        for _ in range(6):
+            case.run()
+    assert case.record.forwards == round(count.forwards / 6)
+    assert case.record.weight_bytes == round(count.weight_bytes / 6)
 
 
 def test_a_walk_ends_where_its_text_does(family: Family) -> None:
