@@ -146,12 +146,12 @@ def test_a_round_is_held_against_its_parts(out: Path) -> None:
     # 3 + 20 + 1 ms of draft, verify and commit; half of the rounds wait 1 ms for the host
     assert (row["wall_ms"], row["commit_ms"]) == ("24.5000", "1.0000")
     assert row["lost_share"] == "0.0400"  # 1 of 25 ms, of the second prompt
-    # timed apart: 3.5 of a proposal, 19 of a read of 48, and the commit
-    assert row["parts_ms"] == "23.5000"
-    assert row["parts_apart"] == "0.0408"
+    # timed apart: 3.5, 3.15 and 4.2 of a proposal, 19 in the median of a read of 48, and the commit
+    assert row["parts_ms"] == "23.6167"
+    assert row["parts_apart"] == "0.0361"
     assert told == [
         "lost_share: at most 4.0% (llama3_70b w4a16-g128 eagle2), within 5%",
-        "parts_apart: at most 4.1% (llama3_70b w4a16-g128 eagle2), within 5%",
+        "parts_apart: at most 3.6% (llama3_70b w4a16-g128 eagle2), within 5%",
     ]
 
 

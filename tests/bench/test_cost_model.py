@@ -53,7 +53,8 @@ def test_costs_come_from_the_nearest_context_at_batch_1() -> None:
 
 def test_draft_cost_comes_from_the_nearest_tree_size() -> None:
     costs = [cost("draft", 4, 0.3), cost("draft", 16, 0.9)]
-    assert cost_model.proposal(costs, 5, 100, timed_s) == 0.3
+    mean = (0.3 + 0.6 + 0.15) / 3  # their states differ, and a round takes what all take together
+    assert cost_model.proposal(costs, 5, 100, timed_s) == pytest.approx(mean)
 
 
 def test_bytes_per_second_divides_what_was_read_by_the_median() -> None:
