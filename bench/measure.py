@@ -104,11 +104,12 @@ def draft_case(method: Method, tokens: list[int], *, steps: int, stride: int) ->
     those of the method's first case.
     """
     begin, end = tokens[: len(tokens) - stride * (steps - 1)], len(tokens)
+    states = _walked(method, begin, steps=steps, end=end)
     if method not in _COUNTS:
-        _COUNTS[method] = _counted(method, begin, steps=steps, end=end)
+        _COUNTS[method] = _counted(method, states)
     count = _COUNTS[method]
     method.warm_up()
-    states = _walked(method, begin, steps=steps, end=end)
+    method.prefill(begin)
     walk = cycle(states)
 
     def run() -> Tree:
@@ -136,13 +137,13 @@ def _walked(method: Method, begin: list[int], *, steps: int, end: int) -> list[S
     while len(states) < steps and len(state.tokens) <= end:
         states.append(state)
         state = method.step(state)
+    kept = states[-1].features.clone()  # a warm-up writes over the method's own
     method.prefill(begin)
-    return states
+    return [replace(s, features=kept[: len(s.features)]) for s in states]
 
 
-def _counted(method: Method, begin: list[int], *, steps: int, end: int) -> "_Count":
+def _counted(method: Method, states: Sequence[State]) -> "_Count":
     """Count what proposals do, before graphs are captured: those call no module."""
-    states = _walked(method, begin, steps=steps, end=end)
     with _counting() as count:
         for state in states:
             method.drafter.propose(state)
