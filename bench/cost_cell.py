@@ -46,7 +46,6 @@ def work(
         loader = Loader(first, mark=watch.mark)
         counter = find(loader.device) if first.cost.hold_s else None
         tokens = text_tokens(first, loader, max(first.cost.contexts))
-        plain = Vanilla().method(loader.parts(first))
     arms = []
     for job, config in zip(jobs, configs, strict=True):
         child.announce(job, "building")
@@ -58,7 +57,6 @@ def work(
     bench = _Bench(
         child=child,
         loader=loader,
-        plain=plain,
         arms=arms,
         tokens=tokens,
         cost=first.cost,
@@ -94,7 +92,6 @@ class _Bench:
 
     child: Child
     loader: Loader
-    plain: Method
     arms: list[tuple[ArmJob, Method | None]]
     tokens: list[int]
     cost: Costing
@@ -146,7 +143,7 @@ class _Bench:
 
     def cases(self, length: int) -> list[tuple[ArmJob, Case]]:
         """Prepare what is timed at one context; whatever fails is its arm's result."""
-        text = self._own_text(length)
+        text = self.tokens[:length]
         cases = []
         for job, method in self.arms:
             self.child.announce(job, f"warm-up at context {length}")
@@ -155,14 +152,6 @@ class _Bench:
                     case.run()  # what fails, fails here, under its own arm
                     cases.append((job, case))
         return cases
-
-    def _own_text(self, length: int) -> list[int]:
-        """Put the target's own choice in place of the text's end, as decoding would."""
-        own = self.cost.repeats * self.cost.catch_up
-        state = self.plain.prefill(self.tokens[: length - own])
-        while len(state.tokens) < length:
-            state = self.plain.step(state)
-        return state.tokens
 
     def _of(self, method: Method | None, text: list[int]) -> Iterator[Case]:
         cost = self.cost

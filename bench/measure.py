@@ -106,7 +106,7 @@ def draft_case(method: Method, tokens: list[int], *, steps: int, stride: int) ->
     begin, end = tokens[: len(tokens) - stride * (steps - 1)], len(tokens)
     states = _walked(method, begin, steps=steps, end=end)
     if method not in _COUNTS:
-        _COUNTS[method] = _counted(method, states)
+        _COUNTS[method] = _counted(method, begin, states)
     count = _COUNTS[method]
     method.warm_up()
     method.prefill(begin)
@@ -131,19 +131,19 @@ def draft_case(method: Method, tokens: list[int], *, steps: int, stride: int) ->
 
 
 def _walked(method: Method, begin: list[int], *, steps: int, end: int) -> list[State]:
-    """Decode, and give the state ahead of every step; then all is as it was ahead of the first."""
+    """Decode, and give the state ahead of every step."""
     state = method.prefill(begin)
     states: list[State] = []
     while len(states) < steps and len(state.tokens) <= end:
         states.append(state)
         state = method.step(state)
     kept = states[-1].features.clone()  # a warm-up writes over the method's own
-    method.prefill(begin)
     return [replace(s, features=kept[: len(s.features)]) for s in states]
 
 
-def _counted(method: Method, states: Sequence[State]) -> "_Count":
+def _counted(method: Method, begin: list[int], states: Sequence[State]) -> "_Count":
     """Count what proposals do, before graphs are captured: those call no module."""
+    method.prefill(begin)
     with _counting() as count:
         for state in states:
             method.drafter.propose(state)
